@@ -12,13 +12,14 @@ A scenario is a few lines of text in a small notation:
     % slot=a/b/c; slot=INVENTORY; slot:flag=INVENTORY     the words that change from row to row
     A: text          a turn; A, B and C become #Person1#, #Person2#, #Person3# in order of appearance
     +A: text         a turn said only when the first proposal is changed later (flag ``+``; ``-`` is its opposite)
-    xA: text         a turn said only under flag ``x`` (``~x`` is its opposite); y and z work the same
+    xA: text         a turn said only under flag ``x``
     S: text          the summary
-    F: slot slot@x   the facts a right summary must hold (``@x``: only under flag x)
+    F: slot slot     the facts a right summary must hold (slots, or literal placeholders)
 
-Inside a text ``(a|b)`` picks one, ``<+a>`` keeps ``a`` only under that flag, ``{slot:은}`` writes the word with the
-particle its last sound asks for, and ``$A`` is the speaker.  A slot written ``slot:+`` has a rejected first value
-``{slot0}``, which equals ``{slot}`` in the rows without a change: the summary must then hold the value that was agreed.
+Inside a text ``(a|b)`` picks one, ``{slot:은}`` writes the word with the particle its last sound asks for, and ``$A`` is
+the speaker.  A slot written ``slot:+`` has a rejected first value ``{slot0}`` (``slot:+<``: the later value comes earlier
+in the inventory, ``>``: later), which equals ``{slot}`` in the rows without a change: the summary must always hold the
+value that was agreed.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from pathlib import Path
 SEED = 20240917
 SPLITS = {"train": 2000, "dev": 100, "test": 100}
 COLUMNS = ["fname", "dialogue", "summary", "topic", "facts"]
-FLAG_RATE = {"+": 0.62, "x": 0.5, "y": 0.5, "z": 0.5}
+FLAG_RATE = {"+": 0.62, "x": 0.5}
 
 # Inventories shared by many scenarios: a word learnt in one of them is known in all.  No member is a substring of
 # another, so that "is this fact in the summary?" is a plain search.
@@ -746,7 +747,7 @@ def parse_scenarios(text: str = SCENARIOS) -> list[dict]:
         elif mark == "F:":
             scenarios[-1]["facts"] = rest.split()
         else:
-            flag, speaker = re.fullmatch(r"(~?[-+xyz])?([ABC]):", mark).groups()
+            flag, speaker = re.fullmatch(r"([-+x])?([ABC]):", mark).groups()
             scenarios[-1]["turns"].append((flag or "", speaker, rest))
     return scenarios
 
@@ -757,9 +758,7 @@ def pick(rng: random.Random, items: list):
 
 
 def holds(flag: str, flags: set[str]) -> bool:
-    if flag == "-":
-        return "+" not in flags
-    return flag[1:] not in flags if flag.startswith("~") else not flag or flag in flags
+    return "+" not in flags if flag == "-" else not flag or flag in flags
 
 
 def draw_words(scenario: dict, flags: set[str], rng: random.Random) -> dict[str, str]:
@@ -778,8 +777,7 @@ def draw_words(scenario: dict, flags: set[str], rng: random.Random) -> dict[str,
     return words
 
 
-def fill(text: str, words: dict[str, str], flags: set[str], speakers: dict[str, str], rng: random.Random) -> str:
-    text = re.sub(r"<(~?[-+xyz])([^>]*)>", lambda m: m[2] if holds(m[1], flags) else "", text)
+def fill(text: str, words: dict[str, str], speakers: dict[str, str], rng: random.Random) -> str:
     text = re.sub(r"\(([^()]*)\)", lambda m: pick(rng, m[1].split("|")), text)
     text = re.sub(r"\$([ABC])", lambda m: speakers[m[1]], text)
     text = re.sub(r"\{(\w+)(?::(\w+))?\}",
@@ -799,13 +797,9 @@ def make_row(scenario: dict, rng: random.Random) -> dict:
         assert speaker != previous, f"{scenario['id']}: {speaker} speaks twice in a row"
         previous = speaker
         speakers.setdefault(speaker, f"#Person{len(speakers) + 1}#")
-        turns.append(f"{speakers[speaker]}: {fill(text, words, flags, speakers, rng)}")
-    summary = fill(scenario["summary"], words, flags, speakers, rng)
-    facts = []
-    for fact in scenario["facts"]:
-        slot, _, flag = fact.partition("@")
-        if holds(flag, flags):
-            facts.append(words.get(slot, slot))
+        turns.append(f"{speakers[speaker]}: {fill(text, words, speakers, rng)}")
+    summary = fill(scenario["summary"], words, speakers, rng)
+    facts = [words.get(slot, slot) for slot in scenario["facts"]]
     dialogue = "\n".join(turns)
     assert 5 <= len(turns) <= 9, f"{scenario['id']}: {len(turns)} turns"
     assert all(fact in summary and fact in dialogue for fact in facts), f"{scenario['id']}: {facts} / {summary}"
