@@ -1,11 +1,12 @@
 """Scores on strings: Korean-aware ROUGE, bootstrap intervals, the lead baseline, and why summaries ended as they did.
 
-Pure: no files, no recipe, no framework. ROUGE comes from the `korouge-score` package (the reference implementation's n-gram and
-sentence-level LCS scores, with a tokenizer of our choice). Its default tokenizer keeps only a-z and 0-9, so Hangul would score
-zero and shared speaker tags one; therefore every score here carries the name and version of the tokenizer that made it:
+Pure: no files, no recipe, no framework. ROUGE comes from the `korouge-score` package (the reference implementation's
+n-gram and sentence-level LCS scores, with a tokenizer of our choice). Its default tokenizer keeps only a-z and 0-9, so
+Hangul would score zero and shared speaker tags one; therefore every score here carries the name and version of the
+tokenizer that made it:
 
-- `mecab`: surface morphemes of python-mecab-ko on the raw text. This is what the Korean dialogue-summarisation competition
-  counted, so placeholders get no special treatment: `#Person1#는` is the five tokens `# Person 1 # 는`.
+- `mecab`: surface morphemes of python-mecab-ko on the raw text. This is what the Korean dialogue-summarisation
+  competition counted, so placeholders get no special treatment: `#Person1#는` is the five tokens `# Person 1 # 는`.
 - `char`: every character that is not white space.
 - `whitespace`: words between white space; `#Person1#는` is one token.
 
@@ -32,7 +33,7 @@ _SPEAKER = re.compile(r"^\s*(?:#[A-Za-z]+\d*#\s*[:：]?|[^\s:：\d]{1,20}\s?[:�
 References = Sequence[str | Sequence[str]]  # one text, or several of which the best counts, per row
 
 
-# --- tokens ---------------------------------------------------------------------------------------------------------------
+# --- tokens ---------------------------------------------------------------------------------------
 
 
 @cache
@@ -87,15 +88,15 @@ def _scorer(tokenizer: str):
     return RougeScorer(list(METRICS), tokenizer=_Tokens(tokenizer))
 
 
-# --- ROUGE ----------------------------------------------------------------------------------------------------------------
+# --- ROUGE ----------------------------------------------------------------------------------------
 
 
 def rouge_rows(predictions: Sequence[str], references: References, tokenizer: str = "mecab") -> list[dict[str, float]]:
     """F1 x 100 of each row: rouge1, rouge2, rougeL (sentence-level LCS), their rouge_sum and rouge_mean.
 
-    Of several references the best counts for each metric on its own, as in the competition. An empty prediction scores 0.
-    Raises ValueError when lengths differ, a row has no reference, or the tokenizer finds nothing in over 5 % of the rows'
-    references.
+    Of several references the best counts for each metric on its own, as in the competition. An empty prediction
+    scores 0. Raises ValueError when lengths differ, a row has no reference, or the tokenizer finds nothing in the
+    references of over 5 % of the rows.
     """
     rows = _as_lists(predictions, references)
     _refuse_empty_references(rows, tokenizer)
@@ -144,14 +145,14 @@ def _refuse_empty_references(rows: Sequence[Sequence[str]], tokenizer: str) -> N
         raise ValueError(f"tokenizer {tokenizer} finds no token in the references of {empty} of {len(rows)} rows")
 
 
-# --- baselines and facts --------------------------------------------------------------------------------------------------
+# --- baselines and facts --------------------------------------------------------------------------
 
 
 def lead_baseline(dialogue: str, turns: int = 2) -> str:
     """Text of the first turns without the speakers' names, joined by spaces: the summary that costs nothing.
 
-    A turn is a line that starts with a speaker (`#Person1#:`) and the lines up to the next one; where no line starts with a
-    speaker, each line is a turn.
+    A turn is a line that starts with a speaker (`#Person1#:`) and the lines up to the next one; where no line starts
+    with a speaker, each line is a turn.
     """
     lines = [line.strip() for line in dialogue.splitlines() if line.strip()]
     spoken = [_SPEAKER.match(line) is not None for line in lines]
@@ -168,8 +169,8 @@ def lead_baseline(dialogue: str, turns: int = 2) -> str:
 def fact_share(predictions: Sequence[str], facts: Sequence[Sequence[str]]) -> float:
     """Share (0..1) of all facts that stand in their row's prediction word for word, white space aside.
 
-    `facts` lists for each row what a right summary must hold (times, places, things, amounts). A fact that begins or ends with
-    a digit is not found inside a longer number (`2시` in `12시`). Raises ValueError where there is no fact at all.
+    `facts` lists for each row what a right summary must hold (times, places, things, amounts). A fact that begins or
+    ends with a digit is not found inside a longer number (`2시` in `12시`). Raises ValueError where there is no fact.
     """
     if len(predictions) != len(facts):
         raise ValueError(f"{len(predictions)} predictions but {len(facts)} rows of facts")
@@ -195,7 +196,7 @@ def _squeeze(text: str) -> str:
     return "".join(unicodedata.normalize("NFC", text).split())
 
 
-# --- bootstrap ------------------------------------------------------------------------------------------------------------
+# --- bootstrap ------------------------------------------------------------------------------------
 
 
 class Interval(NamedTuple):
@@ -215,14 +216,18 @@ class Difference(NamedTuple):
     better_share: float
 
 
-def bootstrap_interval(row_scores: Sequence[float], seed: int = 0, *, resamples: int = 2000, level: float = 0.95) -> Interval:
+def bootstrap_interval(
+    row_scores: Sequence[float], seed: int = 0, *, resamples: int = 2000, level: float = 0.95
+) -> Interval:
     """Percentile bootstrap over rows (Efron, 1979); the same seed gives the same interval."""
     means = _bootstrap_means(row_scores, seed, resamples)
     low, high = _percentiles(means, level)
     return Interval(float(sum(row_scores) / len(row_scores)), low, high)
 
 
-def paired_difference(a: Sequence[float], b: Sequence[float], seed: int = 0, *, resamples: int = 2000, level: float = 0.95) -> Difference:
+def paired_difference(
+    a: Sequence[float], b: Sequence[float], seed: int = 0, *, resamples: int = 2000, level: float = 0.95
+) -> Difference:
     """Paired bootstrap of a - b (Koehn, 2004): both systems are resampled by the same rows."""
     if len(a) != len(b):
         raise ValueError(f"{len(a)} and {len(b)} rows cannot be paired")
@@ -251,7 +256,7 @@ def _percentiles(means, level: float) -> tuple[float, float]:
     return float(low), float(high)
 
 
-# --- why did it end -------------------------------------------------------------------------------------------------------
+# --- why did it end -------------------------------------------------------------------------------
 
 ENDING_KEYS = ("capped_rate", "eos_rate", "hangul_ratio", "foreign_rate", "proper_ending_rate", "mean_length_ratio")
 _PROPER_ENDING = re.compile(r"(?:다|요|죠|까)[.!?][\"'”’)\]]*$")
@@ -269,14 +274,16 @@ def ends_properly(text: str) -> bool:
     return _PROPER_ENDING.search(text.rstrip()) is not None
 
 
-def ending_report(predictions: Sequence[str], references: References | None = None, capped: Sequence[bool] | None = None) -> dict:
-    """Why summaries ended as they did, as plain numbers; shares are 0..1 and lengths are characters without white space.
+def ending_report(
+    predictions: Sequence[str], references: References | None = None, capped: Sequence[bool] | None = None
+) -> dict:
+    """Why summaries ended as they did, as plain numbers: shares are 0..1, lengths are characters without white space.
 
     `capped` says for each row whether the length limit, and not the end token, stopped it. Keys:
     capped_rate, eos_rate (only with `capped`); proper_ending_rate; empty_rate; hangul_ratio (Hangul among all letters);
     foreign_rate (rows with a Latin, kana or Han letter) and latin_rate, kana_rate, han_rate, all outside placeholders;
-    mean_length, length_histogram; with `references` also mean_length_ratio (mean prediction over mean reference) and the
-    references' own reference_length, reference_foreign_rate, reference_proper_ending_rate, reference_histogram.
+    mean_length, length_histogram; with `references` also mean_length_ratio (mean prediction over mean reference) and
+    the references' own reference_length, reference_foreign_rate, reference_proper_ending_rate, reference_histogram.
     """
     if not predictions:
         raise ValueError("no predictions to report on")
@@ -324,13 +331,15 @@ def ending_text(report: dict) -> str:
     if "mean_length_ratio" in report:
         lines[0] += f" ({report['mean_length_ratio']:.2f} of the references' {report['reference_length']:.1f})"
     if "capped_rate" in report:
-        lines.append(f"ended by the end token {report['eos_rate']:.1%}, cut by the length limit {report['capped_rate']:.1%}")
+        ended, cut = report["eos_rate"], report["capped_rate"]
+        lines.append(f"ended by the end token {ended:.1%}, cut by the length limit {cut:.1%}")
     versus = "reference_length" in report
     endings = f" (references {report['reference_proper_ending_rate']:.1%})" if versus else ""
     lines.append(f"end like a sentence {report['proper_ending_rate']:.1%}{endings}, empty {report['empty_rate']:.1%}")
     foreign = f" (references {report['reference_foreign_rate']:.1%})" if versus else ""
     scripts = ", ".join(f"{name} {report[f'{name}_rate']:.1%}" for name in _SCRIPTS)
-    lines.append(f"Hangul {report['hangul_ratio']:.1%} of letters; rows with foreign letters {report['foreign_rate']:.1%}{foreign}: {scripts}")
+    lines.append(f"Hangul {report['hangul_ratio']:.1%} of letters")
+    lines.append(f"rows with foreign letters {report['foreign_rate']:.1%}{foreign}: {scripts}")
     bins = [f"{i * _BIN_WIDTH}+" for i in range(_BINS)]
     table = [("characters", bins), ("summaries", report["length_histogram"])]
     if versus:

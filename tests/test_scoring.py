@@ -67,11 +67,12 @@ def test_golden_values_against_a_plain_computation(tokenizer):
         p, r = plain_tokens(prediction, tokenizer), plain_tokens(reference, tokenizer)
         expected = (plain_rouge_n(p, r, 1), plain_rouge_n(p, r, 2), plain_rouge_l(p, r))
         assert [row[m] for m in METRICS] == pytest.approx(expected, abs=1e-9)
-        assert row["rouge_sum"] == pytest.approx(sum(expected)) and row["rouge_mean"] == pytest.approx(sum(expected) / 3)
+        assert row["rouge_sum"] == pytest.approx(sum(expected))
+        assert row["rouge_mean"] == pytest.approx(sum(expected) / 3)
 
 
 def test_values_worked_out_by_hand():
-    # whitespace: prediction a b c d, reference a c b d e: 4 shared words of 4 and 5; no shared pair; longest common a b d (or a c d)
+    # 4 shared words of 4 and 5; no shared pair; the longest common subsequence is a b d (or a c d)
     row = rouge_rows(["a b c d"], ["a c b d e"], "whitespace")[0]
     assert row["rouge1"] == pytest.approx(200 * 4 / 9)
     assert row["rouge2"] == 0.0
@@ -176,8 +177,9 @@ def test_odd_characters_are_scored_not_dropped():
 
 
 def test_scoring_imports_nothing_heavy():
-    code = "import sys, engine.scoring; print([m for m in ('torch', 'nltk', 'mecab', 'numpy', 'pandas') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    heavy = ("torch", "nltk", "mecab", "numpy", "pandas")
+    code = f"import sys, engine.scoring; print([m for m in {heavy} if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
 # --- baseline, facts, bootstrap ---
@@ -262,7 +264,17 @@ def test_ending_report_without_references_or_ends():
 
 @pytest.mark.parametrize(
     ("text", "proper"),
-    [("합니다.", True), ("가요!", True), ("그렇죠?", True), ("될까?", True), ('"갑니다."', True), ("합니다", False), ("#Pers", False), ("가고", False), ("", False)],
+    [
+        ("합니다.", True),
+        ("가요!", True),
+        ("그렇죠?", True),
+        ("될까?", True),
+        ('"갑니다."', True),
+        ("합니다", False),
+        ("#Pers", False),
+        ("가고", False),
+        ("", False),
+    ],
 )
 def test_proper_endings(text, proper):
     assert scoring.ends_properly(text) is proper
