@@ -1,0 +1,175 @@
+"""Runs a model for B examples x K beams over one cache per example: the prompt once, then one token per beam and step.
+
+Shapes: B examples, K beams (or samples), P prompt tokens (decoder start for encoder-decoders), S source tokens, C slots,
+G query heads per key head, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+
+import torch
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.modeling_outputs import BaseModelOutput
+
+from engine.generation.cache import TreeCache, fill_holes
+
+
+@dataclass
+class Prompt:
+    """What decoding starts from, one row per example.
+
+    ids `[B, P]`; mask `[B, P]` of ids (causal models; None = all real) or `[B, S]` of the source (encoder-decoders);
+    position_ids `[B, P]` or None (causal models); encoder_states `[B, S, D]` or None (encoder-decoders).
+    """
+
+    ids: torch.Tensor
+    mask: torch.Tensor | None = None
+    position_ids: torch.Tensor | None = None
+    encoder_states: torch.Tensor | None = None
+
+
+class TreeDecoder:
+    """`prefill()` once, then `step(tokens, parents)`; `keep(rows)` drops finished examples."""
+
+    def __init__(self, model: torch.nn.Module, prompt: Prompt, beams: int, new_tokens: int):
+        """Args: beams: K. new_tokens: most tokens that any beam will get; fixes the cache's size."""
+        self.model = model
+        self.prompt = prompt
+        self.beams = beams
+        self.examples, self.prompt_length = prompt.ids.shape
+        # The last token is chosen but never fed back, so it needs no slot.
+        self.capacity = self.prompt_length + beams * max(new_tokens - 1, 0)
+        text_config = model.config.get_text_config(decoder=True)
+        layers = getattr(text_config, "decoder_layers", None) if prompt.encoder_states is not None else None
+        layers = layers or getattr(text_config, "num_decoder_layers", None) or text_config.num_hidden_layers
+        self.tree = TreeCache(layers, self.examples, self.capacity)
+        self.cache = self.tree if prompt.encoder_states is None else EncoderDecoderCache(self.tree, DynamicCache())
+        self.device = prompt.ids.device
+        self.visible = self._initial_mask()
+        self.next_position = None
+        slots = torch.arange(self.capacity, device=self.device)
+        generated = self.prompt_length + (slots - self.prompt_length).div(beams, rounding_mode="floor")
+        self.slot_positions = torch.where(slots < self.prompt_length, slots, generated)
+        self._source_mask = self._additive_source_mask()
+
+    # --- the two forward passes -------------------------------------------------------------------------------------
+
+    def prefill(self) -> torch.Tensor:
+        """Run the prompt, one row per example. Returns logits of its last position, `[B, V]`."""
+        prompt = self.prompt
+        arguments = {"past_key_values": self.cache, "use_cache": True, "return_dict": True}
+        if prompt.encoder_states is not None:
+            arguments |= {
+                "decoder_input_ids": prompt.ids,
+                "encoder_outputs": BaseModelOutput(last_hidden_state=prompt.encoder_states),
+                "attention_mask": prompt.mask,
+            }
+        else:
+            positions = self._prompt_positions()
+            self.next_position = positions[:, -1:] + 1
+            arguments |= {"input_ids": prompt.ids, "attention_mask": prompt.mask, "position_ids": positions}
+            if _accepts(self.model, "logits_to_keep"):
+                arguments["logits_to_keep"] = 1
+        logits = self.model(**arguments).logits[:, -1]
+        self.tree.slot = self.tree.position = self.prompt_length
+        return logits
+
+    def step(self, tokens: torch.Tensor, parents: torch.Tensor | None) -> torch.Tensor:
+        """Append one token to every beam. Returns logits `[B, K, V]`.
+
+        Args: tokens: `[B, K]`. parents: `[B, K]`, the beam of the last step that each beam continues; None = itself.
+        """
+        mask = self._advance_mask(parents)
+        arguments = {"past_key_values": self.cache, "use_cache": True, "return_dict": True}
+        if self.prompt.encoder_states is not None:
+            arguments |= {
+                "decoder_input_ids": tokens.reshape(-1, 1),
+                "encoder_outputs": BaseModelOutput(last_hidden_state=self.prompt.encoder_states),
+                "attention_mask": self._source_mask,
+                "decoder_attention_mask": mask,
+                "slot_positions": self.slot_positions[: self.tree.slot + self.beams],
+            }
+        else:
+            arguments |= {
+                "input_ids": tokens,
+                "attention_mask": mask,
+                "position_ids": self.next_position.expand(-1, self.beams),
+            }
+            self.next_position = self.next_position + 1
+        logits = self.model(**arguments).logits
+        self.tree.slot += self.beams
+        self.tree.position += 1
+        return logits.view(self.examples, self.beams, -1)
+
+    def keep(self, rows: torch.Tensor, holes: torch.Tensor, movers: torch.Tensor) -> None:
+        """Go on with examples `rows` only: row `holes[i]` is overwritten by row `movers[i]`, then the tail is cut."""
+        examples = rows.numel()
+        self.tree.keep(holes, movers, examples)
+        self.visible = self.visible.index_select(0, rows)
+        if self.prompt.encoder_states is not None:
+            fill_holes(self.cache.cross_attention_cache.layers, holes, movers, examples)
+            # Only its shape is read from now on: keys and values of the source are in the cache.
+            self.prompt.encoder_states = self.prompt.encoder_states[:examples]
+            if self._source_mask is not None:
+                self._source_mask = self._source_mask.index_select(0, rows)
+        else:
+            self.next_position = self.next_position.index_select(0, rows)
+        self.examples = examples
+
+    # --- masks and positions ----------------------------------------------------------------------------------------
+
+    def _initial_mask(self) -> torch.Tensor:
+        """Additive mask `[B, K, C]`: 0 where a beam sees a slot, -inf elsewhere. The prompt is seen by all beams."""
+        visible = torch.full((self.examples, self.beams, self.capacity), float("-inf"), device=self.device)
+        seen = self.prompt.mask if self.prompt.encoder_states is None else None
+        if seen is None:
+            visible[:, :, : self.prompt_length] = 0.0
+        else:
+            visible[:, :, : self.prompt_length].masked_fill_((seen != 0)[:, None], 0.0)
+        return visible
+
+    def _advance_mask(self, parents: torch.Tensor | None) -> torch.Tensor:
+        """Let each beam inherit its parent's ancestors and see its own new slot. Returns `[B, 1, G*K, used]`."""
+        start, end = self.prompt_length, self.tree.slot
+        if parents is not None and end > start:
+            generated = self.visible[:, :, start:end]
+            generated.copy_(generated.gather(1, parents[:, :, None].expand(-1, -1, end - start)))
+        own = self.visible[:, :, end : end + self.beams]
+        own.diagonal(dim1=1, dim2=2).zero_()
+        mask = self.visible[:, None, :, : end + self.beams]
+        groups = self._query_groups()
+        if groups == 1:
+            return mask
+        return mask[:, :, None].expand(-1, -1, groups, -1, -1).reshape(self.examples, 1, groups * self.beams, -1)
+
+    def _query_groups(self) -> int:
+        """G: how many query heads share a key head (1 without grouped-query attention)."""
+        if self.prompt.encoder_states is not None:
+            return 1
+        config = self.model.config.get_text_config(decoder=True)
+        return config.num_attention_heads // (
+            getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        )
+
+    def _prompt_positions(self) -> torch.Tensor:
+        """Positions `[B, P]` that count real tokens only, so that left padding changes nothing."""
+        prompt = self.prompt
+        if prompt.position_ids is not None:
+            return prompt.position_ids.expand(self.examples, -1)
+        if prompt.mask is None:
+            return torch.arange(self.prompt_length, device=self.device).expand(self.examples, -1)
+        positions = prompt.mask.long().cumsum(-1) - 1
+        return positions.masked_fill(prompt.mask == 0, 0)
+
+    def _additive_source_mask(self) -> torch.Tensor | None:
+        """`[B, 1, 1, S]` with 0 / -inf for cross-attention after the prefill; None where nothing is padded."""
+        mask = self.prompt.mask
+        if self.prompt.encoder_states is None or mask is None or bool((mask != 0).all()):
+            return None
+        return torch.zeros(mask.shape, device=self.device).masked_fill_(mask == 0, float("-inf"))[:, None, None]
+
+
+def _accepts(model: torch.nn.Module, argument: str) -> bool:
+    return argument in inspect.signature(type(model).forward).parameters
