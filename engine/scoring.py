@@ -304,6 +304,14 @@ def ending_report(
     return report
 
 
+def ending_metrics(
+    predictions: Sequence[str], ended: Sequence[bool], references: References | None = None
+) -> dict[str, float]:
+    """The numbers of `ending_report` that belong in an evaluation row; `ended`: by the end token, not by the limit."""
+    report = ending_report(predictions, references, capped=[not end for end in ended])
+    return {key: report[key] for key in ENDING_KEYS if key in report}
+
+
 def _describe(texts: Sequence[str]) -> dict:
     bare = [PLACEHOLDER.sub("", unicodedata.normalize("NFC", text)) for text in texts]
     letters = sum(c.isalpha() for text in bare for c in text)

@@ -248,6 +248,8 @@ def test_ending_report():
     assert report["mean_length_ratio"] == pytest.approx((31 / 4) / (39 / 5))
     assert report["length_histogram"][0] == 4 and sum(report["reference_histogram"]) == 5
     assert set(scoring.ENDING_KEYS) <= set(report)
+    metrics = scoring.ending_metrics(predictions, [True, False, True, True], references)
+    assert metrics == {key: report[key] for key in scoring.ENDING_KEYS}
     text = scoring.ending_text(report)
     assert len(text.splitlines()) <= 12 and "25.0%" in text
 
