@@ -23,15 +23,14 @@ _WHOLE_ENDING = re.compile(r"(?:다|요|죠|까|음|함|됨|임|것)$|^(?:네|�
 _CUT_ENDING = re.compile(r"(?:니다|[었았했였됐졌갔왔]다|한다|된다|어요|아요|해요)$")
 
 # Particles that follow a name or pronoun; compounds are spelled out because `와의` is one word to a writer.
-PARTICLES = tuple(
-    """
+_PARTICLE_WORDS = """
     에게서는 에게서도 으로부터 한테서는 이라면 이라고 이라는 에게서 에게는 에게도 에게만 에게로 한테서 한테는 한테도
     께서는 께서도 에서는 에서도 로부터 로서는 으로서 으로써 으로는 으로도 까지는 까지도 부터는 만으로 이라도 들에게 와의
     과의 와는 과는 와도 과도 에게 한테 께서 에서 에는 에도 으로 로서 로써 로는 로도 까지 부터 처럼 보다 만큼 마다
     조차 마저 이나 이며 이랑 하고 라고 라는 라면 라도 만은 만이 만을 들은 들이 들을 들의 은 는 이 가 을 를 의 와
     과 도 에 로 께 만 며 랑
-    """.split()
-)
+"""
+PARTICLES = tuple(_PARTICLE_WORDS.split())
 _PARTICLE = re.compile(
     r"(#[A-Za-z]+\d*#)[ \t]+(" + "|".join(sorted(PARTICLES, key=lambda p: (-len(p), p))) + r")(?=[\s.,!?;:…)\"'”’\]]|$)"
 )
