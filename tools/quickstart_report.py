@@ -70,10 +70,11 @@ def main() -> int:
     parser.add_argument("--data", type=Path, default=ROOT / "recipes" / "quickstart", help="folder with dev.csv and its facts")
     arguments = parser.parse_args()
     try:
-        print("\n".join(report(arguments.run, arguments.data)))
+        lines = report(arguments.run, arguments.data)
     except (OSError, StopIteration, KeyError, ValueError) as error:
         print(f"no report for {arguments.run}: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
+    print("\n".join(lines))
     return 0
 
 
