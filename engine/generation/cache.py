@@ -10,6 +10,8 @@ The K queries of an example attend to its row together, as if they were K tokens
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -69,12 +71,12 @@ class TreeLayer(CacheLayerMixin):
 class TreeCache(Cache):
     """The layers, and the two counters that they share: `slot` (next free slot) and `position` (next token's place)."""
 
-    def __init__(self, layers: int, examples: int, capacity: int):
+    def __init__(self, examples: int, capacity: int):
         self.examples = examples
         self.capacity = capacity
         self.slot = 0
         self.position = 0
-        super().__init__(layers=[TreeLayer(self) for _ in range(layers)])
+        super().__init__(layer_class_to_replicate=partial(TreeLayer, self))
 
     def keep(self, holes: torch.Tensor, movers: torch.Tensor, examples: int) -> None:
         """Shrink to `examples` rows after moving rows `movers` into rows `holes` (see `fill_holes`)."""
@@ -83,7 +85,7 @@ class TreeCache(Cache):
 
     def nbytes(self) -> int:
         """Bytes held, over all layers."""
-        return sum(t.nbytes for layer in self.layers if layer.is_initialized for t in (layer.keys, layer.values))
+        return sum(states.nbytes for layer in self.layers for states in (layer.keys, layer.values))
 
 
 def fill_holes(layers, holes: torch.Tensor, movers: torch.Tensor, examples: int) -> None:
@@ -123,13 +125,17 @@ def beam_attention(
     if rows != examples:
         query = query.reshape(examples, -1, heads, size).transpose(1, 2)
     beams = query.shape[2]
-    if position_bias is not None and getattr(module, "is_causal", False):
-        by_slot = position_bias.index_select(-1, slot_positions)
-        attention_mask = by_slot if attention_mask is None else by_slot + attention_mask
-    if kv_heads != heads:
-        query = query.reshape(examples, kv_heads, -1, size)
     if attention_mask is not None:
         attention_mask = attention_mask.to(query.dtype)
+    if position_bias is not None:
+        # transformers masks with the least finite number here, so a source of nothing but padding is averaged.
+        if attention_mask is not None:
+            attention_mask = attention_mask.clamp(min=torch.finfo(query.dtype).min)
+        if getattr(module, "is_causal", False):
+            position_bias = position_bias.index_select(-1, slot_positions)
+            attention_mask = position_bias if attention_mask is None else position_bias + attention_mask
+    if kv_heads != heads:
+        query = query.reshape(examples, kv_heads, -1, size)
     output = scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling)
     output = output.reshape(examples, heads, beams, -1).transpose(1, 2)
     return output.reshape(rows, tokens, heads, -1), None

@@ -41,10 +41,7 @@ class TreeDecoder:
         self.examples, self.prompt_length = prompt.ids.shape
         # The last token is chosen but never fed back, so it needs no slot.
         self.capacity = self.prompt_length + beams * max(new_tokens - 1, 0)
-        text_config = model.config.get_text_config(decoder=True)
-        layers = getattr(text_config, "decoder_layers", None) if prompt.encoder_states is not None else None
-        layers = layers or getattr(text_config, "num_decoder_layers", None) or text_config.num_hidden_layers
-        self.tree = TreeCache(layers, self.examples, self.capacity)
+        self.tree = TreeCache(self.examples, self.capacity)
         self.cache = self.tree if prompt.encoder_states is None else EncoderDecoderCache(self.tree, DynamicCache())
         self.device = prompt.ids.device
         self.visible = self._initial_mask()

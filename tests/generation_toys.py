@@ -1,0 +1,113 @@
+"""Tiny random models for the generation tests. Weights are drawn wide (0.3-0.5), so that scores are well apart."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from engine.generation.search import Decoded, Search
+
+VOCABULARY = 97
+_CAUSAL = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.4,
+}
+_BART = {
+    "vocab_size": VOCABULARY,
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 1,
+    "decoder_start_token_id": 1,
+    "pad_token_id": 3,
+    "forced_eos_token_id": 1,
+    "init_std": 0.4,
+}
+FAMILIES = ("bart", "t5", "llama", "qwen3")
+
+
+def build(family: str, seed: int = 0, **overrides):
+    """A fresh model in evaluation mode. `overrides` change its config."""
+    torch.manual_seed(seed)
+    if family == "bart":  # start == end, as in KoBART
+        model = BartForConditionalGeneration(BartConfig(**_BART | overrides))
+    elif family == "t5":
+        config = {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+        ids = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
+        model = T5ForConditionalGeneration(T5Config(**config | ids | {"initializer_factor": 2.0} | overrides))
+    elif family == "llama":  # three end tokens and pad == end, as in Llama 3
+        config = {"bos_token_id": 4, "eos_token_id": [1, 2, 5], "pad_token_id": 1}
+        model = LlamaForCausalLM(LlamaConfig(**_CAUSAL | config | overrides))
+    elif family == "qwen3":
+        config = {"bos_token_id": 4, "eos_token_id": 2, "pad_token_id": 0}
+        model = Qwen3ForCausalLM(Qwen3Config(**_CAUSAL | config | overrides))
+    elif family == "mistral":
+        config = {"bos_token_id": 4, "eos_token_id": 2, "pad_token_id": 0, "sliding_window": None}
+        model = MistralForCausalLM(MistralConfig(**_CAUSAL | config | overrides))
+    else:
+        raise ValueError(family)
+    return model.eval()
+
+
+@lru_cache
+def shared(family: str, seed: int = 0):
+    """`build(family, seed)`, made once: tests that change nothing share it."""
+    return build(family, seed)
+
+
+def batch(model, lengths=(9, 6, 4, 8), seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random ids `[B, S]` and mask, padded on the family's side; no special token among the real ones."""
+    generator = torch.Generator().manual_seed(seed)
+    width = max(lengths)
+    pad = model.generation_config.pad_token_id or 0
+    ids = torch.randint(6, VOCABULARY, (len(lengths), width), generator=generator)
+    places = torch.arange(width)
+    real = torch.stack([places < n if model.config.is_encoder_decoder else places >= width - n for n in lengths])
+    return {"input_ids": torch.where(real, ids, pad), "attention_mask": real.long()}
+
+
+def reference(model, **arguments):
+    """transformers' own result."""
+    return model.generate(**arguments, return_dict_in_generate=True, output_scores=True)
+
+
+def decode(model, *, scope: str = "all", compaction: bool = True, **arguments) -> Decoded:
+    """Ours, through the same door."""
+    search = Search(scope, arguments.pop("vocabulary_mask", None), compaction=compaction)
+    return model.generate(**arguments, return_dict_in_generate=True, output_scores=True, custom_generate=search)
+
+
+def assert_equal(ours: Decoded, theirs) -> None:
+    """Same tensors, fill values included; scores to 1e-5."""
+    assert ours.sequences.tolist() == theirs.sequences.tolist()
+    scores = getattr(theirs, "sequences_scores", None)
+    if scores is not None:
+        torch.testing.assert_close(ours.sequences_scores, scores, rtol=1e-5, atol=1e-6, equal_nan=True)
+        assert ours.beam_indices.dtype == theirs.beam_indices.dtype
+        assert ours.beam_indices.tolist() == theirs.beam_indices.tolist()
