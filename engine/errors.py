@@ -1,0 +1,52 @@
+"""One exception type for everything a user can cause or must know about; its code decides the process's exit code."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+# Exit codes of the process. `run_status.json` carries the same number, because launchers swallow it.
+DONE, BUG, USAGE, DATA, MODEL, CHECKPOINT, STORAGE, NUMERICS, MEMORY, DISTRIBUTED = range(10)
+STOPPED_SAVED, STOPPED_UNSAVED = 75, 76
+
+REDACTED = "[redacted]"
+_SECRETS = (
+    re.compile(r"\bhf_[A-Za-z0-9]{8,}"),
+    re.compile(r"(?<=://)[^/\s@]+(?=@)"),  # user:password of a URL
+    re.compile(r"(?i)(?<=[?&])((?:access_|auth_|api_)?(?:token|key)|apikey|password|secret)=[^&\s'\"]+"),
+    re.compile(r"(?i)\b(authorization|bearer)(\s*[:=]\s*|\s+)(bearer\s+)?[A-Za-z0-9._~+/-]{8,}=*"),
+)
+
+
+def redact(text: str) -> str:
+    """`text` without tokens and passwords: what is fit for logs, dumps and error messages."""
+    for pattern in _SECRETS:
+        text = pattern.sub(REDACTED, text)
+    return text
+
+
+class EngineError(Exception):
+    """A failure with a one-line explanation: what happened, where, what is safe, what to do next.
+
+    `code` is "E<exit code>.<detail>", for example "E3.2": the digits before the dot are the exit code. A failure with
+    several causes at once (a recipe with three wrong keys) lists them in `problems` and prints one line for each.
+    """
+
+    def __init__(
+        self, code: str, what: str, where: str = "", safe: str = "", next: str = "", problems: Sequence[str] = ()
+    ) -> None:
+        self.code, self.what, self.where, self.safe, self.next = code, what, where, safe, next
+        self.problems = tuple(problems)
+        super().__init__(str(self))
+
+    @property
+    def exit_code(self) -> int:
+        return int(self.code[1:].split(".")[0])
+
+    def __str__(self) -> str:
+        parts = " | ".join(part for part in (self.what, self.where, self.safe, self.next) if part)
+        lines = [" ".join(redact(line).split()) for line in self.problems or (parts,)]
+        return "\n".join(f"error {self.code}: {line}" for line in lines)
+
+    def __reduce__(self):  # exceptions cross process boundaries in tests and in rank reports
+        return type(self), (self.code, self.what, self.where, self.safe, self.next, self.problems)

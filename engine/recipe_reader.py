@@ -1,0 +1,473 @@
+"""Read recipes: YAML with `base:`, overrides, the origin of every value, all errors at once; and write them out again.
+
+Layers, later ones win: defaults, base files in order, the recipe, `--debug`, the command line. Sections merge key by key,
+dictionaries (`model.config`) merge too, lists are replaced.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+import types
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import ValidationError
+
+from engine import recipe_yaml
+from engine.errors import EngineError, redact
+from engine.recipe import LARGEST, SECTIONS, Recipe, admits, field_of
+from engine.recipe_checks import findings
+from engine.recipe_keys import suggest, suggest_section
+
+MAX_BYTES = 1 << 20
+MAX_BASES = 16
+SHOWN_PROBLEMS = 50
+DEBUG_RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "base" / "debug.yaml"
+COMMAND_LINE = "command line"
+NOTHING_STARTED = "nothing was started"
+# Values under these keys of model.config never reach a dump.
+_SECRET_KEYS = {"token", "auth_token", "access_token", "use_auth_token", "hf_token", "password", "secret", "api_key"}
+
+Overrides = Iterable[str] | Mapping[str, Any]
+Key = tuple[str, ...]
+
+
+@dataclass
+class Layer:
+    """Values of one source: {section: {key: value}} as written, with the origin of each key path."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    origins: dict[Key, str] = field(default_factory=dict)
+
+    def origin(self, path: Key) -> str:
+        while path and path not in self.origins:
+            path = path[:-1]
+        return self.origins.get(path, "")
+
+
+# --- the public face -------------------------------------------------------------------------------------------------
+
+
+def load_recipe(path: str | os.PathLike[str], overrides: Overrides = (), *, debug: bool = False) -> Recipe:
+    """Read, merge and check a recipe.
+
+    Args:
+        path: a YAML file.
+        overrides: "section.key=value" strings as on the command line, or a mapping ({"training.max_steps": 3} or nested).
+        debug: lay recipes/base/debug.yaml over the recipe, below the overrides.
+
+    Raises:
+        EngineError: E2.1 when a file cannot be read as YAML, E2.2 listing everything that is wrong with the values.
+    """
+    problems: list[str] = []
+    layers = _file_layers(Path(path), problems, ())
+    if debug:
+        layers += _file_layers(DEBUG_RECIPE, problems, ())
+    layers.append(_override_layer(overrides, problems))
+    return _build(layers, problems)
+
+
+def with_overrides(recipe: Recipe, overrides: Overrides, sections: tuple[str, ...] = ()) -> Recipe:
+    """A checked copy of `recipe` with some values changed.
+
+    With `sections`, only keys of these may be named and only rules that concern them are applied: prediction changes
+    `generation.*` of a recipe whose training files need not exist any more.
+    """
+    problems: list[str] = []
+    below = Layer(recipe.model_dump(), {tuple(key.split(".")): where for key, (_, where) in recipe._origins.items()})
+    above = _override_layer(overrides, problems)
+    for section in above.values:
+        if sections and section in SECTIONS and section not in sections:
+            problems.append(f"{COMMAND_LINE}: {section}.* cannot be changed here, only {', '.join(sections)}.*")
+    return _build([below, above], problems, sections)
+
+
+def dump(recipe: Recipe) -> str:
+    """The resolved recipe as YAML that stands alone: no `base:`, every key, no secrets."""
+    return _render(recipe, origins=False)
+
+
+def print_recipe(recipe: Recipe) -> str:
+    """As `dump`, with the origin of each value beside it: what --print-recipe prints."""
+    return _render(recipe, origins=True)
+
+
+# --- reading files ---------------------------------------------------------------------------------------------------
+
+
+def _label(path: Path) -> str:
+    """The path as a person would write it from here."""
+    try:
+        return str(path.resolve().relative_to(Path.cwd()))
+    except (ValueError, OSError):
+        return str(path)
+
+
+def _unreadable(where: str, what: str, hint: str = "") -> EngineError:
+    return EngineError("E2.1", f"{where}: {what}", "", NOTHING_STARTED, hint)
+
+
+def _read_text(path: Path, named_by: str) -> str:
+    """The text of a local, regular, reasonably small UTF-8 file."""
+    where = named_by or str(path)
+    shown = f"base {path}" if named_by else "the recipe"
+    try:
+        if not path.exists():
+            raise _unreadable(where, f"{shown} does not exist", "ls recipes/*.yaml")
+        if not path.is_file():
+            raise _unreadable(where, f"{shown} is not a regular file")
+        with path.open("rb") as handle:
+            raw = handle.read(MAX_BYTES + 1)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise _unreadable(
+            where.replace("\0", "\\0"), f"{shown} cannot be read: {getattr(error, 'strerror', error)}"
+        ) from None
+    if len(raw) > MAX_BYTES:
+        raise _unreadable(where, f"{shown} is larger than {MAX_BYTES} bytes, which is no recipe")
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise _unreadable(f"{_label(path)}:{line}", "is not UTF-8", f"iconv -f CP949 -t UTF-8 {path}") from None
+
+
+def _file_layers(path: Path, problems: list[str], chain: tuple[Path, ...], named_by: str = "") -> list[Layer]:
+    """The layers of a file, its bases first. `chain` holds the files that led here, to find cycles."""
+    text = _read_text(path, named_by)
+    real, label = path.resolve(), _label(path)
+    if real in chain:
+        names = " -> ".join(_label(link) for link in (*chain, real))
+        raise _unreadable(named_by, f"base files form a cycle: {names}")
+    if len(chain) >= MAX_BASES:
+        raise _unreadable(named_by, f"more than {MAX_BASES} base files in a row")
+    document = recipe_yaml.parse(text)
+    if document.problems:
+        lines = [f"{label}:{line}: {what}" for line, what in document.problems]
+        raise EngineError("E2.1", lines[0], "", NOTHING_STARTED, problems=lines[:SHOWN_PROBLEMS])
+    if not isinstance(document.value, dict):
+        raise _unreadable(f"{label}:1", "a recipe is a mapping of sections, such as `training:` with keys below it")
+    values, origins = document.value, {key: f"{label}:{line}" for key, line in document.lines.items()}
+    layers = []
+    for name in _base_names(values.pop("base", None), origins.get(("base",), ""), problems):
+        layers += _file_layers(path.parent / name, problems, (*chain, real), origins[("base",)])
+    return [*layers, Layer(values, origins)]
+
+
+def _base_names(base: Any, where: str, problems: list[str]) -> list[str]:
+    if base is None:
+        return []
+    names = base if isinstance(base, list) else [base]
+    good = [isinstance(name, str) and "://" not in name and name.endswith((".yaml", ".yml")) for name in names]
+    if not names or not all(good):
+        problems.append(f"{where}: base: needs a local .yaml file or a list of them; got {_shown(base)}")
+        return []
+    return names
+
+
+# --- overrides -------------------------------------------------------------------------------------------------------
+
+
+def _override_layer(overrides: Overrides, problems: list[str]) -> Layer:
+    """Command-line strings or a mapping from Python as the uppermost layer."""
+    layer = Layer()
+    if isinstance(overrides, str):
+        overrides = [overrides]
+    pairs = _from_mapping(overrides, problems) if isinstance(overrides, Mapping) else _from_strings(overrides, problems)
+    seen: set[Key] = set()
+    for path, value in pairs:
+        if path in seen:
+            problems.append(f"{COMMAND_LINE}: {'.'.join(path)} is given twice; one of the values would be dropped")
+            continue
+        seen.add(path)
+        _put(layer.values, path, value)
+        layer.origins[path] = COMMAND_LINE
+    return layer
+
+
+def _from_strings(items: Iterable[str], problems: list[str]) -> Iterator[tuple[Key, Any]]:
+    for item in items:
+        name, equals, text = str(item).partition("=")
+        path = tuple(name.strip().split("."))
+        if not equals or not all(path):
+            problems.append(f"{COMMAND_LINE}: {_shown(item)} is not section.key=value")
+        elif len(path) == 1:
+            problems.append(f"{COMMAND_LINE}: {path[0]}={_cut(text)} names no section{suggest_section(path[0])}")
+        elif not text.strip() and not text:
+            problems.append(f"{COMMAND_LINE}: {name}= has no value; write null for none or '\"\"' for empty text")
+        else:
+            yield from _from_string(path, text, problems)
+
+
+def _from_string(path: Key, text: str, problems: list[str]) -> Iterator[tuple[Key, Any]]:
+    """Lists, dictionaries and quoted text are YAML; anything else is one scalar, colons and hashes included."""
+    if text.lstrip()[:1] not in tuple("[{\"'"):
+        value = recipe_yaml.plain_scalar(text.strip())
+        yield path, text if isinstance(value, str) else value
+        return
+    document = recipe_yaml.parse(text)
+    if document.problems:
+        problems.extend(f"{COMMAND_LINE}: {'.'.join(path)}: {what}" for _, what in document.problems)
+    else:
+        yield path, document.value
+
+
+def _from_mapping(items: Mapping[str, Any], problems: list[str]) -> Iterator[tuple[Key, Any]]:
+    for name, value in items.items():
+        path = tuple(str(name).split("."))
+        if len(path) == 1 and isinstance(value, Mapping):
+            yield from (((path[0], *str(key).split(".")), _native(inner)) for key, inner in value.items())
+        elif len(path) == 1 or not all(path):
+            problems.append(f"{COMMAND_LINE}: {_shown(name)} names no section and key{suggest_section(str(name))}")
+        else:
+            yield path, _native(value)
+
+
+def _native(value: Any) -> Any:
+    """Values from Python as YAML would give them: paths as text, tuples as lists."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, Mapping):
+        return {str(key): _native(item) for key, item in value.items()}
+    return [_native(item) for item in value] if isinstance(value, (list, tuple, set)) else value
+
+
+def _put(values: dict[str, Any], path: Key, value: Any) -> None:
+    """Set a nested value; what is no dictionary on the way becomes one, and fails the type check if it may not."""
+    for part in path[:-1]:
+        inner = values.get(part)
+        values[part] = inner = dict(inner) if isinstance(inner, dict) else {}
+        values = inner
+    old = values.get(path[-1])
+    values[path[-1]] = _deep_merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+
+
+# --- merging and checking --------------------------------------------------------------------------------------------
+
+
+def _deep_merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        merged[key] = _deep_merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _build(layers: list[Layer], problems: list[str], sections: tuple[str, ...] = ()) -> Recipe:
+    """Merge the layers, check types and rules, and raise once with everything that is wrong."""
+    merged: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
+    origins: dict[str, tuple[int, str]] = {}
+    for rank, layer in enumerate(layers, start=1):
+        for section, key, value in _known(layer, problems):
+            old = merged[section].get(key)
+            both = isinstance(old, dict) and isinstance(value, dict)
+            merged[section][key] = _deep_merge(old, value) if both else value
+            _note_origins(origins, layer, rank, (section, key), value, fresh=not both)
+    bad: set[str] = set()
+    recipe = Recipe(**{name: _section(name, values, origins, problems, bad) for name, values in merged.items()})
+    recipe._origins = origins
+    for keys, message in findings(recipe):
+        concerned = not sections or any(key.split(".")[0] in sections for key in keys)
+        if concerned and not bad.intersection(".".join(key.split(".")[:2]) for key in keys):
+            problems.append(f"{_blame(recipe, keys, layers)}: {keys[0]} {message}")
+    if problems:
+        unique = list(dict.fromkeys(problems))
+        more = [f"and {len(unique) - SHOWN_PROBLEMS} more"] if len(unique) > SHOWN_PROBLEMS else []
+        raise EngineError("E2.2", unique[0], "", NOTHING_STARTED, problems=unique[:SHOWN_PROBLEMS] + more)
+    return recipe
+
+
+def _blame(recipe: Recipe, keys: tuple[str, ...], layers: list[Layer]) -> str:
+    """Where a broken rule is best mended: at the latest of its keys; a missing value blames the recipe as a whole."""
+    rank, where = max(recipe._layer(key) for key in keys)
+    if rank:
+        return where
+    files = [origin.rpartition(":")[0] for layer in layers for origin in layer.origins.values() if ":" in origin]
+    return files[-1] if files else "recipe"
+
+
+def _known(layer: Layer, problems: list[str]) -> Iterator[tuple[str, str, Any]]:
+    """The (section, key, value) triples of a layer that the schema knows; the rest becomes problems."""
+    for section, values in layer.values.items():
+        where = layer.origin((section,)) or COMMAND_LINE
+        if section not in SECTIONS:
+            if section == "base" and where == COMMAND_LINE:
+                problems.append(f"{where}: base: belongs into a recipe file")
+            else:
+                problems.append(f"{where}: {_shown(section)[1:-1]} is not a section{suggest_section(section)}")
+        elif values is not None and not isinstance(values, dict):
+            problems.append(f"{where}: {section} is a section and needs keys below it; got {_shown(values)}")
+        else:
+            yield from _known_keys(layer, section, values or {}, problems)
+
+
+def _known_keys(
+    layer: Layer, section: str, values: dict[str, Any], problems: list[str]
+) -> Iterator[tuple[str, str, Any]]:
+    for key, value in values.items():
+        where = layer.origin((section, key)) or COMMAND_LINE
+        if key not in SECTIONS[section].model_fields:
+            inner = next((path for path in layer.origins if path[:2] == (section, key)), (section, key))
+            where = layer.origins.get((section, key)) or layer.origins.get(inner) or where
+            problems.append(f"{where}: {section}.{_shown(key)[1:-1]} is not a key of {section}{suggest(section, key)}")
+        elif (fault := _unfit(value)) is not None:
+            problems.append(f"{where}: {section}.{key} {fault}")
+        else:
+            yield section, key, value
+
+
+def _unfit(value: Any) -> str | None:
+    """What no key may hold: infinities, NUL, half characters, objects from Python."""
+    if isinstance(value, (list, dict)):
+        items = [*value, *value.values()] if isinstance(value, dict) else value
+        return next((fault for item in items if (fault := _unfit(item)) is not None), None)
+    if isinstance(value, float):
+        return None if math.isfinite(value) else f"must be a finite number; got {value}"
+    if isinstance(value, str):
+        broken = "\0" in value or any("\ud800" <= character <= "\udfff" for character in value)
+        return "holds a NUL or a broken character" if broken else None
+    return None if value is None or isinstance(value, (bool, int)) else f"cannot hold a {type(value).__name__}"
+
+
+def _note_origins(
+    origins: dict[str, tuple[int, str]], layer: Layer, rank: int, path: Key, value: Any, fresh: bool
+) -> None:
+    """Record where a key, and each key of a dictionary below it, was set."""
+    name = ".".join(path)
+    if fresh:
+        for below in [key for key in origins if key.startswith(name + ".")]:
+            del origins[below]
+    if layer.origin(path) or fresh:
+        inner = next((where for key, where in layer.origins.items() if key[: len(path)] == path), COMMAND_LINE)
+        origins[name] = (rank, layer.origin(path) if path in layer.origins else inner)
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _note_origins(origins, layer, rank, (*path, key), item, fresh=not isinstance(item, dict))
+
+
+def _section(name: str, values: dict[str, Any], origins: dict, problems: list[str], bad: set[str]) -> Any:
+    """The typed section; keys with wrong values are reported and fall back to their defaults for the rest of the checks."""
+    try:
+        return SECTIONS[name](**values)
+    except ValidationError as error:
+        wrong = {str(fault["loc"][0]) for fault in error.errors(include_url=False)}
+    for key in [key for key in values if key in wrong]:
+        where = origins[f"{name}.{key}"][1]
+        hint = _nearest_value(name, key, values[key])
+        problems.append(f"{where}: {name}.{key} must be {expected(name, key)}; got {_shown(values[key])}{hint}")
+        bad.add(f"{name}.{key}")
+    return SECTIONS[name](**{key: value for key, value in values.items() if key not in wrong})
+
+
+# --- words for people ------------------------------------------------------------------------------------------------
+
+
+def expected(section: str, key: str) -> str:
+    """What a key accepts, in words, from its declaration."""
+    declared = field_of(section, key)
+    extra = declared.json_schema_extra
+    words = extra["expected"] if isinstance(extra, dict) and "expected" in extra else None
+    return str(words or _words(declared.annotation, declared.metadata))
+
+
+def _words(annotation: Any, metadata: Iterable[Any] = ()) -> str:
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        inner = [item for extra in parts[1:] for item in getattr(extra, "metadata", [extra])]
+        return _words(parts[0], [*metadata, *inner])
+    if origin in (Union, types.UnionType):
+        return " or ".join(_words(part, metadata if part is not type(None) else ()) for part in parts)
+    if origin is Literal:
+        return ("one of " if len(parts) > 1 else "") + ", ".join(str(part) for part in parts)
+    if origin is list:
+        return f"a list, each item {_words(parts[0])}"
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+    if annotation in (int, float):
+        return names[annotation] + _bounds(metadata)
+    return names.get(annotation, "a mapping" if origin is dict else "a value")
+
+
+def _bounds(metadata: Iterable[Any]) -> str:
+    phrases = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
+    limits = [(words, getattr(item, name, None)) for item in metadata for name, words in phrases.items()]
+    found = [f"{words} {limit}" for words, limit in limits if limit not in (None, LARGEST)]
+    return " " + " and ".join(found) if found else ""
+
+
+def _nearest_value(section: str, key: str, value: Any) -> str:
+    """A hint for a misspelt choice, quoted number or unquoted text."""
+    annotation = field_of(section, key).annotation
+    choices = {str(part).lower(): part for part in _choices(annotation)}
+    if isinstance(value, str):
+        if close := difflib.get_close_matches(value.lower(), choices, n=1):
+            return f"; did you mean {choices[close[0]]}?"
+        number = isinstance(recipe_yaml.plain_scalar(value), (int, float)) and not admits(annotation, str)
+        return "; write it without quotes" if number else ""
+    numeric = isinstance(value, (bool, int, float)) and admits(annotation, str)
+    return "; put it in quotes" if numeric else ""
+
+
+def _choices(annotation: Any) -> list[Any]:
+    if get_origin(annotation) is Literal:
+        return list(get_args(annotation))
+    return [choice for part in get_args(annotation) for choice in _choices(part)]
+
+
+def _shown(value: Any) -> str:
+    """A value as the user wrote it, cut to a readable length."""
+    try:
+        return _cut(repr(value) if isinstance(value, str) else recipe_yaml.flow(value))
+    except (TypeError, ValueError):
+        return type(value).__name__
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def _render(recipe: Recipe, origins: bool) -> str:
+    """YAML lines, section by section, with origins as comments in one column where the lines are short enough."""
+    rows: list[tuple[str, str]] = []
+    for section, values in recipe.model_dump().items():
+        rows.append((f"{section}:", ""))
+        for key, value in values.items():
+            rows += _rows(recipe, (section, key), value)
+    width = max(_columns(text) for text, _ in rows if _columns(text) <= 60)
+    lines = [
+        f"{text}{' ' * (width - _columns(text))}  # {where}" if origins and where else text for text, where in rows
+    ]
+    head = "# Resolved recipe; beside each value where it comes from.\n" if origins else "# Resolved recipe.\n"
+    return head + "\n".join(lines) + "\n"
+
+
+def _columns(text: str) -> int:
+    """Width on a terminal, where Hangul takes two columns."""
+    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
+
+
+def _rows(recipe: Recipe, path: Key, value: Any) -> list[tuple[str, str]]:
+    indent = "  " * (len(path) - 1) + recipe_yaml.key_text(path[-1]) + ":"
+    where = recipe.origin(".".join(path))
+    if path[-1].lower() in _SECRET_KEYS and isinstance(value, str):
+        value = "[redacted]"
+    value = _redacted(value)
+    if isinstance(value, dict) and value:
+        return [(indent, where), *(row for key in value for row in _rows(recipe, (*path, key), value[key]))]
+    line = f"{indent} {recipe_yaml.flow(value)}"
+    if isinstance(value, list) and len(line) > 100:
+        spaces = "  " * len(path)
+        return [(indent, where), *((f"{spaces}- {recipe_yaml.flow(item)}", "") for item in value)]
+    return [(line, where)]
+
+
+def _redacted(value: Any) -> Any:
+    if isinstance(value, str):
+        return redact(value)
+    return [_redacted(item) for item in value] if isinstance(value, list) else value

@@ -1,0 +1,169 @@
+"""YAML for recipes, in and out: a small, strict part of YAML 1.2, built on PyYAML's parser events.
+
+PyYAML's constructors are never called, so no tag can build an object. What users trip over is decided here: `1e-5` and `1e5`
+are numbers, `no` and `12:30` are text, `010` is not eight, a key given twice is an error, and so are anchors, aliases, merge
+keys and tags, with which 1 KiB of YAML can describe gigabytes.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+MAX_DEPTH = 16
+MAX_NODES = 20_000
+_INT = re.compile(r"[-+]?(?:0|[1-9][0-9]{0,29})\Z")
+_FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|(?:0|[1-9][0-9]*)(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?\Z")
+_WORDS: dict[str, Any] = {"": None, "~": None}
+for _word, _value in (("null", None), ("true", True), ("false", False)):
+    _WORDS |= {_word: _value, _word.capitalize(): _value, _word.upper(): _value}
+for _word in (".inf", ".Inf", ".INF"):
+    _WORDS |= {_word: math.inf, "+" + _word: math.inf, "-" + _word: -math.inf}
+_WORDS |= dict.fromkeys((".nan", ".NaN", ".NAN"), math.nan)
+_PLAIN = re.compile(r"[A-Za-z0-9_./가-힣][A-Za-z0-9_./+@() 가-힣-]*\Z")
+_RESOLVER, _TEXT = yaml.resolver.Resolver(), "tag:yaml.org,2002:str"
+
+Path = tuple[str, ...]
+
+
+class _TooMuch(Exception):
+    """Deeper or longer than any recipe."""
+
+
+@dataclass
+class Document:
+    """What one YAML text says: the value, the line of every key in it, and what is wrong with it."""
+
+    value: Any = None
+    lines: dict[Path, int] = field(default_factory=dict)
+    problems: list[tuple[int, str]] = field(default_factory=list)
+    nodes: int = 0
+
+
+def plain_scalar(text: str) -> Any:
+    """The value of an unquoted scalar: null, true/false, a decimal number, or the text itself."""
+    if text in _WORDS:
+        return _WORDS[text]
+    if _INT.match(text):
+        return int(text)
+    if len(text) <= 64 and _FLOAT.match(text):
+        return float(text)
+    return text
+
+
+def parse(text: str) -> Document:
+    """Read one document. Problems are collected; after a syntax error the rest of the text is left unread."""
+    document = Document()
+    try:
+        events = yaml.parse(text, Loader=yaml.SafeLoader)
+        for event in events:
+            if isinstance(event, yaml.DocumentStartEvent):
+                if document.nodes:
+                    document.problems.append((_line(event), "a recipe is one YAML document; drop what follows `---`"))
+                    break
+                if event.version or event.tags:
+                    document.problems.append((_line(event), "YAML directives (%) are refused"))
+                document.value = _node(next(events), events, document, ())
+    except yaml.YAMLError as error:
+        document.problems.append(_syntax_error(error, text))
+    except _TooMuch as error:
+        document.problems.append((1, str(error)))
+    except (ValueError, OverflowError, IndexError) as error:  # PyYAML on escapes such as "\UFFFFFFFF" and broken tags
+        document.problems.append((1, f"is not valid YAML: {error}"))
+    return document
+
+
+def _line(event: yaml.Event) -> int:
+    return event.start_mark.line + 1
+
+
+def _syntax_error(error: yaml.YAMLError, text: str) -> tuple[int, str]:
+    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+    if mark is not None:
+        problem = getattr(error, "problem", None) or getattr(error, "context", None) or "syntax error"
+        return mark.line + 1, f"is not valid YAML at column {mark.column + 1}: {problem}"
+    position = getattr(error, "position", 0)
+    character = getattr(error, "character", "")
+    name = f"character {character!r}" if isinstance(character, str) else f"character U+{character:04X}"
+    return text.count("\n", 0, position) + 1, f"is not valid YAML: {name} is not allowed"
+
+
+def _node(event: yaml.Event, events: Any, document: Document, path: Path) -> Any:
+    document.nodes += 1
+    if len(path) > MAX_DEPTH or document.nodes > MAX_NODES:
+        raise _TooMuch(f"is refused: more than {MAX_DEPTH} levels or {MAX_NODES} values are no recipe")
+    if isinstance(event, yaml.AliasEvent):
+        document.problems.append((_line(event), f"alias *{event.anchor} is refused; write the value out, or use base:"))
+        return None
+    if event.anchor:
+        document.problems.append(
+            (_line(event), f"anchor &{event.anchor} is refused; write the value out, or use base:")
+        )
+    if event.tag is not None:
+        document.problems.append((_line(event), f"tag {event.tag!r} is refused; recipes hold plain values only"))
+    if isinstance(event, yaml.MappingStartEvent):
+        return _mapping(events, document, path)
+    if isinstance(event, yaml.SequenceStartEvent):
+        items = []
+        while not isinstance(item := next(events), yaml.SequenceEndEvent):
+            items.append(_node(item, events, document, (*path, str(len(items)))))
+        return items
+    return plain_scalar(event.value) if event.style is None else event.value
+
+
+def _mapping(events: Any, document: Document, path: Path) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    while not isinstance(event := next(events), yaml.MappingEndEvent):
+        if not isinstance(event, yaml.ScalarEvent) or event.anchor or event.tag:
+            document.problems.append((_line(event), "a key must be plain text"))
+            _node(event, events, document, (*path, "?"))
+            _node(next(events), events, document, (*path, "?"))
+            continue
+        key, line = event.value, _line(event)
+        if key == "<<":
+            document.problems.append((line, "merge key << is refused; use base:"))
+        if key in values:
+            where = ".".join((*path, key))
+            document.problems.append((line, f"{where} is given twice (first on line {document.lines[(*path, key)]})"))
+            _node(next(events), events, Document(nodes=document.nodes, problems=document.problems), (*path, key))
+            continue
+        document.lines[(*path, key)] = line
+        values[key] = _node(next(events), events, document, (*path, key))
+    return values
+
+
+def scalar(value: Any) -> str:
+    """One value as YAML that `parse` reads back as the same value, and so do readers of YAML 1.1 (`no`, `1e-5`)."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (int, float)):
+        text = repr(value)
+        return text.replace("e", ".0e") if "e" in text and "." not in text else text
+    plain = _PLAIN.match(value) and value == value.strip() and plain_scalar(value) == value
+    return value if plain and _RESOLVER.resolve(yaml.ScalarNode, value, (True, False)) == _TEXT else _quoted(value)
+
+
+def _quoted(text: str) -> str:
+    """A double-quoted scalar; whatever a terminal or a YAML reader could misread is escaped."""
+    short = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\t": "\\t"}
+    return '"' + "".join(short.get(c) or (c if c.isprintable() else f"\\U{ord(c):08X}") for c in text) + '"'
+
+
+def flow(value: Any) -> str:
+    """A value on one line."""
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(flow(item) for item in value) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key_text(key)}: {flow(item)}" for key, item in value.items()) + "}"
+    return scalar(value)
+
+
+def key_text(key: str) -> str:
+    """A key as YAML; keys are text whatever they look like."""
+    return key if _PLAIN.match(key) and key == key.strip() and key != "<<" else _quoted(key)
