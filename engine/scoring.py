@@ -104,16 +104,30 @@ def rouge_rows(predictions: Sequence[str], references: References, tokenizer: st
     scores = []
     for prediction, targets in zip(predictions, rows, strict=True):
         best = scorer.score_multi(targets, prediction)
-        row = {metric: 100.0 * float(best[metric].fmeasure) for metric in METRICS}
-        row["rouge_sum"] = sum(row.values())
-        row["rouge_mean"] = row["rouge_sum"] / len(METRICS)
-        scores.append(row)
+        scores.append(_row({metric: score.fmeasure for metric, score in best.items()}))
     return scores
 
 
 def rouge(predictions: Sequence[str], references: References, tokenizer: str = "mecab") -> dict[str, float | str]:
     """Means of `rouge_rows` over the rows, with `rouge_tokenizer` naming the tokens that were counted."""
     return mean_scores(rouge_rows(predictions, references, tokenizer), tokenizer)
+
+
+def similarity(a: str, b: str, metric: str = "rouge_mean", tokenizer: str = "mecab") -> float:
+    """One ROUGE F1 x 100 of two texts; F1 does not depend on which of them is called the reference."""
+    return _pair(*sorted((a, b)), tokenizer)[metric]
+
+
+@lru_cache(maxsize=1 << 17)
+def _pair(a: str, b: str, tokenizer: str) -> dict[str, float]:
+    return _row({name: score.fmeasure for name, score in _scorer(tokenizer).score(a, b).items()})
+
+
+def _row(fmeasures: dict[str, float]) -> dict[str, float]:
+    row = {metric: 100.0 * float(fmeasures[metric]) for metric in METRICS}
+    row["rouge_sum"] = sum(row.values())
+    row["rouge_mean"] = row["rouge_sum"] / len(METRICS)
+    return row
 
 
 def mean_scores(rows: Sequence[dict[str, float]], tokenizer: str = "mecab") -> dict[str, float | str]:
