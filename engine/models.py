@@ -1,0 +1,540 @@
+"""Build, reload, save: the one room that knows model families, special tokens and embedding sizes.
+
+What differs between encoder-decoders and causal LMs leaves this room as data: `ModelBundle.family` and `.collate`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from engine import adapters, model_config, sources, tokenization, weights
+from engine.errors import EngineError
+from engine.sources import NOTHING_LOADED, BaseIdentity
+from engine.weights import is_adapted, load_weights, trainable_state, unwrap
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerFast
+
+    from engine.data import Feature, TextEncoder
+    from engine.prompts import PromptSettings
+    from engine.recipe import Model, Recipe
+
+log = logging.getLogger("engine.models")
+
+PROMPT_FILE = "prompt_settings.json"
+BASE_FILE = "base_model.json"  # beside an adapter: which model it belongs to
+__all__ = ["ModelBundle", "build", "load_trained", "load_weights", "save_model", "trainable_state", "unwrap"]
+
+
+@dataclass
+class ModelBundle:
+    """A model and all that must stay with it."""
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerFast
+    family: str  # "seq2seq" or "causal"
+    base: BaseIdentity
+    report: dict[str, Any]
+    prompt: PromptSettings
+    lengths: dict[str, int]  # max_source_length, max_target_length
+    quantization: dict[str, Any] | None = None  # settings of a 4-bit base
+    extras: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        return self.model.generation_config
+
+    @property
+    def collate(self) -> Callable[[list[Feature]], dict[str, Tensor]]:
+        """The family's collator: features -> padded batch (B, S), (B, T)."""
+        from engine import data
+
+        pad = self.tokenizer.pad_token_id
+        if self.family == "causal":
+            return partial(data.collate_causal, pad_token_id=pad)
+        start = self.model.config.decoder_start_token_id
+        return partial(data.collate_seq2seq, pad_token_id=pad, decoder_start_token_id=start)
+
+    def text_encoder(self) -> TextEncoder:
+        """Dialogues to token ids and back, with this model's prompt settings and lengths."""
+        from engine.data import TextEncoder
+
+        return TextEncoder(tokenizer=self.tokenizer, family=self.family, settings=self.prompt, **self.lengths)
+
+    def prompt_record(self) -> dict[str, Any]:
+        """What PROMPT_FILE holds: the settings under which the model was trained, and their fingerprint."""
+        return {
+            "prompt": self.prompt.to_dict(),
+            "data": self.lengths,
+            "fingerprint": self.prompt.fingerprint(self.tokenizer.chat_template),
+        }
+
+
+# Building for training
+
+
+def build(recipe: Recipe, *, device: torch.device, precision: str) -> ModelBundle:
+    """Model and tokenizer for training, as the recipe describes them. Deterministic under `training.seed`.
+
+    Trainable weights are float32 under every precision; the frozen base of adapters is stored in the compute type.
+
+    Args:
+        precision: fp32, bf16 or fp16, already resolved.
+
+    Raises:
+        EngineError: E2 for settings that do not go together, E4 for a model that cannot be had or must not be loaded.
+    """
+    with _quiet_transformers(), _seeded(recipe.training.seed):
+        return _build(recipe, device, precision)
+
+
+def _build(recipe: Recipe, device: torch.device, precision: str) -> ModelBundle:
+    settings, lora = recipe.model, adapters.enabled(recipe)
+    folder = _model_folder(settings)
+    adapter = folder if folder is not None and sources.is_adapter(folder) else None
+    if adapter is not None:
+        folder, settings = _base_of_adapter(adapter, settings, lora)
+    config = model_config.load_config(settings, folder)
+    family = model_config.family(settings.family, config)
+    model_config.check_combination(recipe, config, precision)
+
+    tokenizer = _tokenizer(recipe, adapter or folder, family)
+    vocabulary_before = len(tokenizer)
+    pieces = _pieces_of_new_tokens(tokenizer, recipe.tokenizer.added_tokens)
+    tokenizer = tokenization.prepare(
+        tokenizer,
+        recipe.tokenizer.added_tokens,
+        name=tokenizer.name_or_path or "trained here",
+        model_type=config.model_type,
+    )
+    model_config.align_config(config, tokenizer, family, settings)
+
+    base_dtype = adapters.DTYPES[precision] if lora else torch.float32
+    if settings.init == "random":
+        model = _random_model(config, tokenizer, recipe, base_dtype).to(device)
+    else:
+        four_bit = recipe.quantization.load_in_4bit
+        model = weights.load_folder(
+            folder,
+            config,
+            dtype=base_dtype,
+            device=device,
+            trust_remote_code=settings.trust_remote_code,
+            attn_implementation=settings.attn_implementation,
+            quantization=adapters.quantization_config(recipe.quantization, precision, device) if four_bit else None,
+        )
+        weights.resize_embeddings(model, len(tokenizer), pieces, recipe.tokenizer.pad_to_multiple_of)
+    model_config.align_generation_config(model, tokenizer, family)
+    base = identify(settings, config, folder)
+    model = _with_adapters(model, recipe, adapter, list(pieces), base, folder) if lora else model
+    if recipe.training.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if lora and recipe.training.gradient_checkpointing:
+        model.enable_input_require_grads()
+    check_trainable_dtype(model)
+
+    from engine.prompts import PromptSettings
+
+    bundle = ModelBundle(
+        model=model,
+        tokenizer=tokenizer,
+        family=family,
+        base=base,
+        report=describe(model, vocabulary_before, len(tokenizer), device, precision),
+        prompt=PromptSettings(**recipe.prompt.model_dump()),
+        lengths={
+            "max_source_length": recipe.data.max_source_length,
+            "max_target_length": recipe.data.max_target_length,
+        },
+        quantization=recipe.quantization.model_dump() if recipe.quantization.load_in_4bit else None,
+    )
+    return bundle
+
+
+def _model_folder(settings: Model) -> Path | None:
+    if settings.name_or_path is None:
+        if settings.init == "pretrained" or not (settings.config or {}).get("model_type"):
+            raise EngineError(
+                "E2.45",
+                "no model: name_or_path is empty and config has no model_type",
+                "model",
+                "nothing was started",
+                "set model.name_or_path, or model.init=random with model.config.model_type",
+            )
+        return None
+    return sources.resolve(
+        settings.name_or_path,
+        revision=settings.revision,
+        trust_remote_code=settings.trust_remote_code,
+        weights=settings.init == "pretrained",
+    )
+
+
+def _base_of_adapter(adapter: Path, settings: Model, lora: bool) -> tuple[Path, Model]:
+    """An adapter folder as the model: its base is what to load. The adapter's own LoRA settings then hold."""
+    if not lora or settings.init == "random":
+        raise EngineError(
+            "E2.46",
+            "the model folder is an adapter, which can only be trained on as one",
+            str(adapter),
+            "nothing was started",
+            "set lora.enabled=true and model.init=pretrained, or merge it first with tools/merge_adapter.py",
+        )
+    name, revision = base_of_adapter(adapter)
+    base = settings.model_copy(update={"name_or_path": name, "revision": revision})
+    folder = sources.resolve(name, revision=revision, trust_remote_code=settings.trust_remote_code)
+    _check_base(adapter, folder)
+    return folder, base
+
+
+def _tokenizer(recipe: Recipe, model_folder: Path | None, family: str) -> PreTrainedTokenizerFast:
+    """The recipe's tokenizer, or the model's, or one trained on the training file for a random model."""
+    settings = recipe.tokenizer
+    trusted = recipe.model.trust_remote_code
+    if settings.name_or_path is not None:
+        return tokenization.load_tokenizer(sources.resolve(settings.name_or_path, weights=False))
+    if model_folder is not None and _has_tokenizer(model_folder) and not settings.train_vocab_size:
+        return tokenization.load_tokenizer(model_folder, trust_remote_code=trusted)
+    if recipe.model.init != "random":
+        if settings.train_vocab_size:
+            raise EngineError(
+                "E2.50",
+                "a pretrained model keeps its own tokenizer",
+                "tokenizer.train_vocab_size",
+                NOTHING_LOADED,
+                "drop it, or set model.init=random",
+            )
+        return tokenization.load_tokenizer(model_folder, trust_remote_code=trusted)
+    return tokenization.train_tokenizer(
+        _training_texts(recipe),
+        vocabulary_size=settings.train_vocab_size,
+        kind=settings.train_model_type,
+        added_tokens=settings.added_tokens,
+        causal=family == "causal",
+    )
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any(
+        (folder / name).is_file()
+        for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+    )
+
+
+def _training_texts(recipe: Recipe) -> Iterator[str]:
+    from engine.data import read_examples
+
+    settings = recipe.data
+    if settings.train_file is None:
+        raise EngineError(
+            "E2.51",
+            "no tokenizer is given and there is no training file to train one on",
+            "tokenizer.name_or_path",
+            "nothing was started",
+            "set data.train_file or tokenizer.name_or_path",
+        )
+    examples = read_examples(
+        settings.train_file,
+        text_column=settings.text_column,
+        summary_column=settings.summary_column,
+        id_column=settings.id_column,
+        topic_column=settings.topic_column,
+        encoding=settings.encoding,
+        require_summary=True,
+        on_bad_row=settings.on_bad_row,
+        max_bad_rows=settings.max_bad_rows,
+    )
+    for example in examples:
+        yield example.dialogue
+        yield example.references[0]
+
+
+def _pieces_of_new_tokens(tokenizer: PreTrainedTokenizerFast, added_tokens: Sequence[str]) -> dict[int, list[int]]:
+    """Id that each missing token will get -> ids of the pieces it has been spelled with until now."""
+    known = tokenizer.get_vocab()
+    missing = list(dict.fromkeys(token for token in added_tokens if token not in known))
+    return {
+        len(tokenizer) + offset: tokenizer.encode(token, add_special_tokens=False)
+        for offset, token in enumerate(missing)
+    }
+
+
+def _random_model(
+    config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, dtype: torch.dtype
+) -> nn.Module:
+    multiple = recipe.tokenizer.pad_to_multiple_of or 1
+    rows = -(-len(tokenizer) // multiple) * multiple
+    fixed = recipe.model.name_or_path is not None or "vocab_size" in (recipe.model.config or {})
+    # A benchmark at a model's real shape keeps that model's rows; otherwise the vocabulary decides.
+    config.vocab_size = max(rows, config.vocab_size) if fixed else rows
+    try:
+        model = weights.auto_class(config).from_config(
+            config, **weights.attention(recipe.model.attn_implementation), dtype=torch.float32
+        )
+    except Exception as error:  # shapes that do not fit together surface as many types
+        raise EngineError(
+            "E4.9", f"no model can be built: {error}", "model.config", NOTHING_LOADED, "check model.config"
+        ) from error
+    return model.to(dtype)
+
+
+def _with_adapters(
+    model: nn.Module, recipe: Recipe, adapter: Path | None, new_ids: list[int], base: BaseIdentity, folder: Path | None
+) -> nn.Module:
+    if adapter is not None:
+        return adapters.load(model, adapter, trainable=True)
+    name = str(folder.resolve()) if folder is not None and Path(base.name).expanduser().is_dir() else base.name
+    return adapters.attach(model, recipe.lora, new_token_ids=new_ids, base_name=name, revision=base.revision)
+
+
+def identify(settings: Model, config: PreTrainedConfig, folder: Path | None) -> BaseIdentity:
+    """Name, commit and hashes of the model a run starts from."""
+    name = settings.name_or_path or f"random {config.model_type}"
+    if folder is None or settings.init == "random":
+        return BaseIdentity(name, settings.revision, sources.config_hash(config.to_dict()), None)
+    return sources.identify(name, settings.revision, folder)
+
+
+def check_trainable_dtype(model: nn.Module) -> None:
+    """Every trainable weight is float32: the optimizer's small steps vanish in 16 bits, and fp16 cannot be unscaled."""
+    wrong = [name for name, p in model.named_parameters() if p.requires_grad and p.dtype != torch.float32]
+    if wrong:
+        raise EngineError(
+            "E1.10",
+            f"trainable weights not in float32: {', '.join(wrong[:3])}",
+            "model",
+            "nothing was started",
+            "please report this",
+        )
+    if not any(p.requires_grad for p in model.parameters()):
+        raise EngineError(
+            "E2.52", "nothing is trainable", "model and lora", "nothing was started", "check the lora section"
+        )
+
+
+def describe(
+    model: nn.Module, vocabulary_before: int, vocabulary: int, device: torch.device, precision: str
+) -> dict[str, Any]:
+    """The start-up report: parameters, vocabulary, device and precision."""
+    parameters = list(model.parameters())
+    return {
+        "model_type": model.config.model_type,
+        "parameters": sum(_count(p) for p in parameters),
+        "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
+        "vocabulary_before": vocabulary_before,
+        "vocabulary": vocabulary,
+        "embedding_rows": model.get_input_embeddings().weight.shape[0],
+        "device": str(device),
+        "precision": precision,
+        "quantized": adapters.is_4bit(model),
+    }
+
+
+def _count(parameter: nn.Parameter) -> int:
+    """Weights of a parameter; two 4-bit weights share a byte."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else state.shape.numel()
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Random weights by `seed` on every rank, with the caller's random stream untouched."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """transformers' advice and bars while loading are not for users of this program; its errors stay."""
+    from transformers.utils import logging as hf_logging
+
+    level = hf_logging.get_verbosity()
+    bars = hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+# Reloading
+
+
+def load_trained(
+    path: str | Path,
+    *,
+    device: torch.device,
+    precision: str | None = None,
+    base: str | None = None,
+    offload_folder: Path | None = None,
+) -> ModelBundle:
+    """A trained model for prediction: final_model, a checkpoint, any Hugging Face model or PEFT adapter folder.
+
+    Args:
+        precision: type of the weights; None: bf16 where the GPU has it, else fp32.
+        base: replaces the base that an adapter names.
+        offload_folder: where weights go that do not fit on the device (one process only).
+
+    Raises:
+        EngineError: E4 where the folder is unusable or its prompt settings were changed.
+    """
+    with _quiet_transformers(), _seeded(0):
+        return _load_trained(Path(path), device, precision or default_precision(device), base, offload_folder)
+
+
+def default_precision(device: torch.device) -> str:
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if bf16 else "fp32"
+
+
+def _load_trained(
+    folder: Path, device: torch.device, precision: str, base: str | None, offload_folder: Path | None
+) -> ModelBundle:
+    from engine.recipe import Model, Quantization
+
+    folder = sources.resolve(str(folder))
+    adapter = folder if sources.is_adapter(folder) else None
+    record = sources.read_json(folder / BASE_FILE) if adapter and (folder / BASE_FILE).is_file() else {}
+    if adapter is None:
+        settings, base_folder = Model(name_or_path=str(folder)), folder
+    else:
+        name, revision = (base, None) if base else base_of_adapter(adapter)
+        settings = Model(name_or_path=name, revision=revision)
+        base_folder = sources.resolve(name, revision=revision)
+        _check_base(adapter, base_folder)
+    config = model_config.load_config(settings, base_folder)
+    family = model_config.family("auto", config)
+    tokenizer = tokenization.load_tokenizer(folder if _has_tokenizer(folder) else base_folder)
+    tokenization.ensure_end_and_pad(tokenizer, str(folder))
+
+    quantization = record.get("quantization")
+    bits = adapters.quantization_config(Quantization(**quantization), precision, device) if quantization else None
+    model = weights.load_folder(
+        base_folder,
+        config,
+        dtype=adapters.DTYPES[precision],
+        device=device,
+        quantization=bits,
+        offload_folder=offload_folder,
+    )
+    if adapter is not None:
+        weights.resize_embeddings(model, len(tokenizer), {}, None)
+        model = adapters.load(model, adapter, trainable=False)
+    model_config.align_generation_config(model, tokenizer, family)
+    prompt, lengths = _read_prompt(folder, tokenizer)
+    return ModelBundle(
+        model=model.eval(),
+        tokenizer=tokenizer,
+        family=family,
+        base=sources.identify(settings.name_or_path, settings.revision, base_folder),
+        report=describe(model, len(tokenizer), len(tokenizer), device, precision),
+        prompt=prompt,
+        lengths=lengths,
+        quantization=quantization,
+    )
+
+
+def base_of_adapter(adapter: Path) -> tuple[str, str | None]:
+    """(name, revision) of the base an adapter was trained on: our own record first, then peft's."""
+    record = sources.read_json(adapter / BASE_FILE) if (adapter / BASE_FILE).is_file() else {}
+    config = sources.check_adapter_config(adapter)
+    name = config.get("base_model_name_or_path") or record.get("name")
+    if not name:
+        raise EngineError(
+            "E4.11", "the adapter does not say which base it belongs to", str(adapter), NOTHING_LOADED, "name the base"
+        )
+    recorded = record.get("name")
+    if recorded and not Path(name).is_dir() and Path(recorded).is_dir():
+        name = recorded  # the folder was moved together with the project: its relative name still holds
+    return name, config.get("revision")
+
+
+def _check_base(adapter: Path, base_folder: Path) -> None:
+    """The base is the one that the adapter was trained on, by the hashes kept with the adapter."""
+    if not (adapter / BASE_FILE).is_file():
+        return
+    wanted = sources.read_json(adapter / BASE_FILE)
+    found = sources.identify(str(wanted.get("name")), None, base_folder)
+    for key in ("config_sha256", "weights_sha256"):
+        expected = wanted.get(key)
+        if expected is not None and expected != getattr(found, key):
+            raise EngineError(
+                "E4.11",
+                f"the adapter was trained on another model than this one ({key} differs)",
+                f"{adapter} on {base_folder}",
+                NOTHING_LOADED,
+                f"give it the base it was trained on: {wanted.get('name')}",
+            )
+
+
+def _read_prompt(folder: Path, tokenizer: PreTrainedTokenizerFast) -> tuple[PromptSettings, dict[str, int]]:
+    """Prompt settings stored with the model, or the defaults for a foreign folder."""
+    from engine.prompts import PromptSettings
+    from engine.recipe import Data, Prompt
+
+    defaults = Data()
+    lengths = {"max_source_length": defaults.max_source_length, "max_target_length": defaults.max_target_length}
+    path = folder / PROMPT_FILE
+    if not path.is_file():
+        return PromptSettings(**Prompt().model_dump()), lengths
+    record = sources.read_json(path)
+    try:
+        settings = PromptSettings.from_dict(record["prompt"])
+        lengths = {key: int(record["data"][key]) for key in lengths}
+        fingerprint = record["fingerprint"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise EngineError(
+            "E4.10", f"prompt settings unreadable: {error}", str(path), NOTHING_LOADED, "restore the file"
+        ) from error
+    if fingerprint != settings.fingerprint(tokenizer.chat_template):
+        raise EngineError(
+            "E4.10",
+            "prompt settings or chat template were changed after training",
+            str(path),
+            NOTHING_LOADED,
+            "restore the folder as it was saved; a model must be prompted the way it was trained",
+        )
+    return settings, lengths
+
+
+# Saving and restoring weights
+
+
+def save_model(bundle: ModelBundle, folder: str | Path) -> None:
+    """Write a model or PEFT adapter folder that Hugging Face classes load without this package. safetensors only."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _quiet_transformers():
+        save_weights(bundle, folder)
+        bundle.tokenizer.save_pretrained(folder)
+    _write_json(folder / PROMPT_FILE, bundle.prompt_record())
+
+
+def save_weights(bundle: ModelBundle, folder: Path) -> None:
+    model = unwrap(bundle.model)
+    if is_adapted(model):
+        model.save_pretrained(folder, save_embedding_layers=False)
+        (folder / "README.md").unlink(missing_ok=True)  # peft's model card has no content of its own
+        model.generation_config.save_pretrained(folder)
+        _write_json(folder / BASE_FILE, bundle.base.to_dict() | {"quantization": bundle.quantization})
+    else:
+        model.save_pretrained(folder)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,285 @@
+"""Where models come from: hub ids and folders turned into a checked local folder, before any file of it is loaded.
+
+A model folder is somebody else's data. Nothing in it may run code here, so pickle weights, custom code, odd adapter
+types and shard indexes that point elsewhere are refused by name, before transformers or peft see the folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.errors import EngineError
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
+_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
+_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+_HUB_SKIPPED = ["*/*", "consolidated*", "*.msgpack.index.json"]  # subfolders hold other formats of the same weights
+_HUB_TIMEOUT = 8  # seconds until the hub counts as unreachable
+_SAMPLES, _SAMPLE_BYTES = 64, 65536  # of each weight file: enough to tell two trainings apart, quick for 16 GB
+_PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
+_ADAPTER_TASKS = {None, "CAUSAL_LM", "SEQ_2_SEQ_LM"}
+_MAX_JSON_BYTES = 64 * 2**20
+
+NOTHING_LOADED = "nothing was loaded"
+
+
+@dataclass(frozen=True)
+class BaseIdentity:
+    """Which model a run started from: checked again on resume and by the tools that need the base of an adapter."""
+
+    name: str
+    revision: str | None
+    config_sha256: str
+    weights_sha256: str | None = None  # of samples of every weight file; None for random weights
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a model folder; anything else is exit 4 with the file's name."""
+    try:
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise ValueError(f"larger than {_MAX_JSON_BYTES >> 20} MiB")
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError("not a JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise EngineError(
+            "E4.9", f"unreadable model file: {error}", str(path), NOTHING_LOADED, "download it again"
+        ) from error
+    return value
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's text: libraries append pages of advice."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def is_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").is_file()
+
+
+def resolve(name: str, *, revision: str | None = None, trust_remote_code: bool = False, weights: bool = True) -> Path:
+    """The local folder of a model, tokenizer or adapter; hub ids are downloaded or found in the hub cache.
+
+    Args:
+        name: an existing folder, or a hub id.
+        weights: False leaves the weights where they are: configuration and tokenizer files only.
+
+    Raises:
+        EngineError: E4.1 where it cannot be had, E4.2 to E4.5 where it may not be loaded.
+    """
+    check_remote_code_settings(trust_remote_code, revision)
+    path = Path(name).expanduser()
+    folder = path if path.is_dir() else _download(name, revision, weights)
+    check_folder(folder, trust_remote_code=trust_remote_code, weights=weights)
+    return folder
+
+
+def check_remote_code_settings(trust_remote_code: bool, revision: str | None) -> None:
+    """Remote code only at a pinned commit: a branch or tag may hold other code tomorrow."""
+    if trust_remote_code and not (revision and _COMMIT.fullmatch(revision)):
+        raise EngineError(
+            "E2.41",
+            "model.trust_remote_code runs code that came with the model and needs a pinned commit",
+            f"model.revision={revision}",
+            NOTHING_LOADED,
+            "set model.revision to the 40-digit commit that you have read, or drop trust_remote_code",
+        )
+
+
+def _download(name: str, revision: str | None, weights: bool) -> Path:
+    if not _HUB_ID.fullmatch(name):
+        raise EngineError(
+            "E4.1", "no such model folder, and not a hub id either", name, NOTHING_LOADED, "check the path"
+        )
+    from huggingface_hub import snapshot_download
+
+    patterns = _HUB_FILES if weights else [pattern for pattern in _HUB_FILES if pattern != "*.safetensors"]
+    try:
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                allow_patterns=patterns,
+                ignore_patterns=_HUB_SKIPPED,
+                etag_timeout=_HUB_TIMEOUT,
+            )
+        )
+    except Exception as error:  # the client raises many unrelated types; each means that the model cannot be had
+        raise _unavailable(name, revision, error) from error
+
+
+def _unavailable(name: str, revision: str | None, error: Exception) -> EngineError:
+    where = f"{name}{'@' + revision if revision else ''}"
+    kind = type(error).__name__
+    if kind == "GatedRepoError":
+        advice = "accept the model's licence on its hub page, log in with `hf auth login`, and run again"
+        return EngineError("E4.1", "this model is gated and your account has no access", where, NOTHING_LOADED, advice)
+    if kind in {"RepositoryNotFoundError", "RevisionNotFoundError"}:
+        advice = "check the spelling and the revision; private models need `hf auth login`"
+        return EngineError(
+            "E4.1", "the hub has no such model or revision, and there is no such folder", where, NOTHING_LOADED, advice
+        )
+    if isinstance(error, OSError) and getattr(error, "errno", None) is not None:
+        return EngineError(
+            "E6.5", f"the download could not be stored: {error}", where, NOTHING_LOADED, "free space or set HF_HOME"
+        )
+    return EngineError(
+        "E4.1",
+        "the model is neither in the local hub cache nor can the hub be reached",
+        where,
+        NOTHING_LOADED,
+        f"on a machine with network run `hf download {name} --local-dir FOLDER`, copy FOLDER here and set "
+        "model.name_or_path=FOLDER, or point HF_HOME to a cache that holds it",
+    )
+
+
+def check_folder(folder: Path, *, trust_remote_code: bool = False, weights: bool = True) -> None:
+    """Refuse what could run code or read outside the folder. Cheap: JSON and file names only."""
+    for name in ("config.json", "tokenizer_config.json", "generation_config.json", "adapter_config.json"):
+        if (folder / name).is_file():
+            _check_no_custom_code(folder / name, trust_remote_code)
+    if is_adapter(folder):
+        check_adapter_config(folder)
+    if weights:
+        _check_weights(folder)
+
+
+def _check_no_custom_code(path: Path, trusted: bool) -> None:
+    found = sorted({"auto_map", "custom_generate", "custom_pipelines"} & _non_empty_keys(read_json(path)))
+    if found and not trusted:
+        raise EngineError(
+            "E4.2",
+            f"the model ships its own code ({', '.join(found)}), which is not run by default",
+            str(path),
+            NOTHING_LOADED,
+            "read that code; then set model.trust_remote_code=true and model.revision to the commit you read",
+        )
+
+
+def _non_empty_keys(value: Any) -> set[str]:
+    """Keys at any depth whose values are not empty: nested configs (text_config) may carry code references too."""
+    if isinstance(value, dict):
+        own = {key for key, inner in value.items() if inner}
+        return own.union(*(_non_empty_keys(inner) for inner in value.values()))
+    if isinstance(value, list):
+        return set().union(*(_non_empty_keys(inner) for inner in value))
+    return set()
+
+
+def _check_weights(folder: Path) -> None:
+    index_files = sorted(folder.glob("*.index.json"))
+    for path in index_files:
+        if path.name.endswith(".safetensors.index.json"):
+            _check_shard_index(path)
+    inside = folder.resolve()
+    shards = sorted(folder.glob("*.safetensors"))
+    # The hub cache links from snapshots/<commit>/ to blobs/ of the same repository, which is the boundary there.
+    boundary = inside.parent.parent if inside.parent.name == "snapshots" else inside
+    for shard in shards:
+        if not shard.resolve().is_relative_to(boundary):
+            raise EngineError(
+                "E4.4",
+                "a weight file is a link that leaves the model folder",
+                str(shard),
+                NOTHING_LOADED,
+                "copy the file in",
+            )
+    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLE_SUFFIXES)
+    if not shards and pickles:
+        raise EngineError(
+            "E4.3",
+            f"the weights are in pickle files only ({', '.join(pickles[:3])}), which can run code when they are read",
+            str(folder),
+            NOTHING_LOADED,
+            "get a safetensors version of this model (the hub's conversion service can make one)",
+        )
+    if not shards:
+        raise EngineError(
+            "E4.3", "the folder holds no weights (*.safetensors)", str(folder), NOTHING_LOADED, "check the path"
+        )
+
+
+def _check_shard_index(path: Path) -> None:
+    names = read_json(path).get("weight_map")
+    names = set(names.values()) if isinstance(names, dict) else {None}
+    for name in sorted(map(str, names)):
+        if not _SHARD.fullmatch(name) or not (path.parent / name).is_file():
+            raise EngineError(
+                "E4.4",
+                f"the weight index names {name!r}, which is no safetensors file of this folder",
+                str(path),
+                NOTHING_LOADED,
+                "download the model again from a source you trust",
+            )
+
+
+def check_adapter_config(folder: Path) -> dict[str, Any]:
+    """The adapter's settings, if they are plain LoRA; every other kind of adapter is refused.
+
+    Returns:
+        adapter_config.json as a dict.
+    """
+    path = folder / "adapter_config.json"
+    config = read_json(path)
+    problems = []
+    if config.get("peft_type") != "LORA":
+        problems.append(f"peft_type {config.get('peft_type')!r} (only LORA)")
+    if config.get("task_type") not in _ADAPTER_TASKS:
+        problems.append(f"task_type {config.get('task_type')!r}")
+    # These keys import a module, or read files written by pickle, or belong to methods that need such files.
+    refused = (
+        "auto_mapping",
+        "corda_config",
+        "eva_config",
+        "lora_ga_config",
+        "loftq_config",
+        "megatron_config",
+        "megatron_core",
+    )
+    problems += [
+        key for key in refused if config.get(key) and not (key == "megatron_core" and config[key] == "megatron.core")
+    ]
+    if not isinstance(config.get("target_modules"), str | list | None):
+        problems.append("target_modules")
+    if problems:
+        what = f"the adapter asks for what is not loaded here: {', '.join(problems)}"
+        raise EngineError("E4.5", what, str(path), NOTHING_LOADED, "use a plain LoRA adapter")
+    return config
+
+
+def config_hash(config: dict[str, Any]) -> str:
+    """sha256 of a model configuration, without the entries that differ between copies of the same model."""
+    ignored = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "quantization_config"}
+    kept = {key: value for key, value in config.items() if key not in ignored}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def identify(name: str, revision: str | None, folder: Path) -> BaseIdentity:
+    """Identity of the model in `folder`. A hub download without a revision is known by the commit it resolved to."""
+    commit = folder.resolve().name
+    if revision is None and folder.resolve().parent.name == "snapshots" and _COMMIT.fullmatch(commit):
+        revision = commit
+    return BaseIdentity(name, revision, config_hash(read_json(folder / "config.json")), weights_hash(folder))
+
+
+def weights_hash(folder: Path) -> str | None:
+    """sha256 over sizes and evenly spaced samples of the folder's weight files; None where there are none."""
+    digest = hashlib.sha256()
+    shards = sorted(folder.glob("*.safetensors"))
+    for shard in shards:
+        size = shard.stat().st_size
+        digest.update(f"{shard.name} {size}".encode())
+        with shard.open("rb") as file:
+            for sample in range(_SAMPLES):
+                file.seek(max(0, size - _SAMPLE_BYTES) * sample // (_SAMPLES - 1))
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest() if shards else None
