@@ -1,0 +1,52 @@
+"""Every test runs offline, on few threads and from a fixed seed; real data is used where it lies beside the checkout."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Before transformers or a launcher's child is imported: no hub, no chatter, no thread storms on small machines.
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    TRANSFORMERS_OFFLINE="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    TOKENIZERS_PARALLELISM="false",
+    WANDB_MODE="offline",
+    WANDB_SILENT="true",
+    TRANSFORMERS_VERBOSITY="error",
+)
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("MKL_NUM_THREADS", "2")
+
+import random  # noqa: E402
+
+import pytest  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED_DATA = ROOT.parent / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The checkout."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real dialogues and tokenizers beside the checkout; tests that need them skip where they are absent."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip("no real data beside the checkout")
+    return SHARED_DATA
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """The same random numbers for each test, whichever tests ran before it."""
+    random.seed(0)
+    import sys
+
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(0)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
