@@ -1,0 +1,237 @@
+"""Is this checkpoint whole, harmless, and of this run? Manifests, their verification, and what may change on a resume.
+
+Two kinds of trouble are kept apart. A *damaged* checkpoint (a file missing, cut short or altered) is an accident: an
+automatic resume goes back to the one before. A *hostile* one (pickle files, links, paths that leave the folder) is
+never passed over in silence.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from importlib import metadata
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from engine.errors import EngineError
+from engine.storage import read_json, sha256_of
+
+if TYPE_CHECKING:
+    from engine.recipe import Recipe
+
+MANIFEST = "manifest.json"
+SCHEMA = 1
+PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".npy", ".npz", ".joblib", ".msgpack", ".h5"}
+_LIBRARIES = ("torch", "accelerate", "transformers", "peft", "bitsandbytes", "safetensors")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+# Keys that change no number of the training: a resume may change them freely. Data files are compared by content
+# instead.
+FREE = (
+    "experiment.*",
+    "tracking.*",
+    "checkpoint.*",
+    "data.*_file",
+    "data.max_test_samples",
+    "training.logging_steps",
+    "evaluation.num_samples",
+    "runtime.timeout_seconds",
+)
+# Keys that may change when the user says so: the run stays well defined, though no longer the same bit for bit.
+ALLOWABLE = (
+    "world_size",
+    "training.per_device_train_batch_size",
+    "training.gradient_accumulation_steps",
+    "training.num_train_epochs",
+    "training.max_steps",
+    "training.early_stopping_*",
+    "training.on_nonfinite",
+    "training.max_skipped_updates",
+    "training.auto_batch_size",
+    "training.gradient_checkpointing",
+    "model.name_or_path",
+    "model.attn_implementation",
+    "evaluation.*",
+    "generation.*",
+    "runtime.*",
+)
+_ROWS = ("world_size", "training.per_device_train_batch_size", "training.gradient_accumulation_steps")
+
+
+class DamagedError(Exception):
+    """A checkpoint that an accident has left incomplete or altered; the text names the file."""
+
+
+def hostile(what: str, where: Path) -> EngineError:
+    """The refusal of a checkpoint that no accident makes."""
+    return EngineError(
+        "E5.4", what, str(where), "nothing was loaded", "do not use this checkpoint; ask whoever made it"
+    )
+
+
+# Manifest
+
+
+def build_manifest(files: Mapping[str, Any], **facts: Any) -> dict[str, Any]:
+    """Contents of `manifest.json`: facts about the run, library versions, and size and sha256 of every file."""
+    versions = {name: _version(name) for name in _LIBRARIES} | {"python": platform.python_version()}
+    return {"schema": SCHEMA, **facts, "versions": versions, "files": dict(sorted(files.items()))}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint, checked for shape and for paths that leave the folder.
+
+    Raises:
+        DamagedError: there is none, or it is no manifest.
+        EngineError: E5.4 for a path that leaves the folder.
+    """
+    try:
+        manifest = read_json(folder / MANIFEST)
+        files = manifest["files"]
+        shaped = (
+            manifest["schema"] == SCHEMA and isinstance(manifest["run_id"], str) and isinstance(manifest["step"], int)
+        )
+        shaped = shaped and all(isinstance(e["size"], int) and _SHA256.fullmatch(e["sha256"]) for e in files.values())
+    except FileNotFoundError:
+        raise DamagedError(f"{MANIFEST} is missing") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DamagedError(f"{MANIFEST} is not readable ({type(error).__name__})") from error
+    if not shaped or f"checkpoint-{manifest['step']}" != folder.name:
+        raise DamagedError(f"{MANIFEST} is not the manifest of {folder.name}")
+    for name in files:
+        parts = PurePosixPath(name).parts
+        if not parts or "\\" in name or "\0" in name or ":" in name or name.startswith("/") or ".." in parts:
+            raise hostile(f"the manifest names a path outside the checkpoint: {name!r}", folder / MANIFEST)
+    return manifest
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """Hold every file of a checkpoint against its manifest, sizes first; returns the manifest.
+
+    Raises:
+        DamagedError: a file is missing, has another size or other contents, or is not in the manifest.
+        EngineError: E5.4 for links, pickle files and paths that leave the folder.
+    """
+    present = list_files(folder)
+    manifest = read_manifest(folder)
+    listed = manifest["files"]
+    for name in sorted(present - set(listed) - {MANIFEST}):
+        raise DamagedError(f"{name} is not in the manifest")
+    for name, entry in listed.items():
+        if name not in present:
+            raise DamagedError(f"{name} is missing")
+        size = (folder / name).stat().st_size
+        if size != entry["size"]:
+            raise DamagedError(f"{name} has {size} bytes instead of {entry['size']}")
+    for name, entry in listed.items():
+        if sha256_of(folder / name) != entry["sha256"]:
+            raise DamagedError(f"{name} has other contents than when it was saved")
+    return manifest
+
+
+def list_files(folder: Path) -> set[str]:
+    """Relative paths of all files below a checkpoint. Raises: EngineError E5.4 for links and pickle files."""
+    if folder.is_symlink():
+        raise hostile("a link is no checkpoint", folder)
+    names = set()
+    for root, folders, files in os.walk(folder, followlinks=False):
+        for name in (*folders, *files):
+            path = Path(root) / name
+            if path.is_symlink():
+                raise hostile("a checkpoint holds no links", path)
+            if path.suffix.lower() in PICKLES:
+                raise hostile("a checkpoint holds no pickle files; they run code when they are loaded", path)
+        names |= {(Path(root) / name).relative_to(folder).as_posix() for name in files}
+    return {name for name in names if not PurePosixPath(name).name.startswith(".")}
+
+
+# Identity
+
+
+def identity_of(recipe: Recipe, **facts: Any) -> dict[str, Any]:
+    """What must not change between a checkpoint and its resume, as flat `section.key: value`.
+
+    Args:
+        facts: things that the recipe does not say: `data` and `tokenizer` fingerprints, `base` (the identity of the
+            base model), `world_size`; and recipe keys whose value in force is another one, under their dotted names.
+    """
+    values = {
+        f"{section}.{key}": value
+        for section, keys in recipe.model_dump(mode="json").items()
+        for key, value in keys.items()
+    }
+    merged = values | json.loads(json.dumps(facts))
+    return {key: value for key, value in sorted(merged.items()) if not _any_match(key, FREE)}
+
+
+def digest_of(identity: Mapping[str, Any]) -> str:
+    """sha256 of an identity."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def _any_match(key: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(key, pattern) for pattern in patterns)
+
+
+def check_allowed(allowed: Sequence[str]) -> None:
+    """Raises: EngineError E2 for a key that no flag makes safe to change."""
+    for key in allowed:
+        if not _any_match(key, ALLOWABLE):
+            what = f"a resumed run cannot change {key}"
+            raise EngineError("E2.34", what, "--allow-change", "nothing was started", "start a new run instead")
+
+
+def changes(stored: Mapping[str, Any], current: Mapping[str, Any], allowed: Sequence[str], where: Path) -> list[str]:
+    """Compare a checkpoint's identity with the present one; returns the allowed differences as text for the log.
+
+    Raises:
+        EngineError: E5.5 naming every other difference, with both values.
+    """
+    missing = object()
+    differing = {
+        key: f"{key}: {_shown(stored.get(key, missing), missing)} -> {_shown(current.get(key, missing), missing)}"
+        for key in sorted({*stored, *current})
+        if stored.get(key, missing) != current.get(key, missing)
+    }
+    refused = {key: text for key, text in differing.items() if key not in allowed}
+    if not refused and _rows(stored) != _rows(current):
+        refused = {key: text for key, text in differing.items() if key in _ROWS}
+        what = f"the rows of one update would change from {_rows(stored)} to {_rows(current)}: " + "; ".join(
+            refused.values()
+        )
+        raise EngineError(
+            "E5.6", what, str(where), "nothing was changed", "keep ranks x batch size x accumulation as it was"
+        )
+    if refused:
+        flags = [f"--allow-change {key}" for key in refused if _any_match(key, ALLOWABLE)]
+        step = (
+            f"undo the change, or add {' '.join(flags)}"
+            if len(flags) == len(refused)
+            else "undo the change, or start a new run"
+        )
+        what = "this run differs from the checkpoint's: " + "; ".join(refused.values())
+        raise EngineError("E5.5", what, str(where), "nothing was changed", step)
+    return list(differing.values())
+
+
+def _rows(identity: Mapping[str, Any]) -> int | None:
+    """Rows of one update over all ranks, where the identity says."""
+    factors = [identity.get(key) for key in _ROWS]
+    return factors[0] * factors[1] * factors[2] if all(isinstance(factor, int) for factor in factors) else None
+
+
+def _shown(value: Any, missing: object) -> str:
+    text = "(absent)" if value is missing else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."

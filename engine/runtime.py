@@ -1,0 +1,498 @@
+"""The process around a run: device, ranks, seeds, signals, exit codes, run folder. Importing it loads nothing heavy."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import random
+import sys
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engine import errors
+from engine.errors import EngineError
+from engine.ranks import RankGroup, as_engine_error
+from engine.runfolder import RunFolder, RunLog, RunStatus, choose_run_folder
+from engine.stopping import Stopped, StopSignal
+from engine.storage import FolderLock
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from engine.recipe import Recipe
+
+log = logging.getLogger("engine")
+_LOST_PEER = (
+    "gloo",
+    "nccl",
+    "connection closed by peer",
+    "connection reset by peer",
+    "socket",
+    "processgroup",
+    "broken pipe",
+)
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")
+
+
+def start(recipe: Recipe) -> Runtime:
+    """Bring up the device and the ranks as the recipe says. Use as `with start(recipe) as runtime:`.
+
+    Raises:
+        EngineError: E2 for settings that the machine or the launcher cannot serve, E9 when the ranks do not find each
+            other.
+    """
+    import torch
+
+    settings = recipe.runtime
+    _refuse_unsafe_environment()
+    if settings.num_threads is not None:
+        torch.set_num_threads(settings.num_threads)
+    device = _choose_device(settings.device)
+    precision = _choose_precision(recipe.training.precision, device, settings.emulate_fp16_on_cpu)
+    accelerator = _build_accelerator(device, settings.timeout_seconds)
+    runtime = Runtime(accelerator, precision, timeout=settings.timeout_seconds)
+    runtime.show_progress = recipe.tracking.progress
+    if settings.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    seed_everything(recipe.training.seed)
+    return runtime
+
+
+class Runtime(AbstractContextManager):
+    """One process of a run. Leaving the context writes the status, ends the helpers, and frees the folder.
+
+    Attributes:
+        accelerator: prepared with accumulation 1 and no mixed precision of its own; the training loop does both itself.
+        ranks: what the processes tell each other; its methods are also reachable here.
+        status: `step` and `last_checkpoint` as `run_status.json` shows them; the loop keeps `step` up to date.
+        signals: stop and save requests; see `requests()`.
+        batch: the micro-batch at work; its shapes are told when memory runs out.
+    """
+
+    def __init__(self, accelerator: Any, precision: str, *, timeout: float = 1800) -> None:
+        self.accelerator, self.precision = accelerator, precision
+        self.device: torch.device = accelerator.device
+        self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
+        self.is_main = self.rank == 0
+        self.ranks = _rank_group(self.rank, self.world_size, timeout, self.device)
+        self.signals = StopSignal(self._give_up, follow_parent=_launched())
+        self.ranks.hurried = lambda: self.signals.stopping
+        self.status = RunStatus(self.rank)
+        self.log = RunLog(self.is_main)
+        self.lock: FolderLock | None = None
+        self.show_progress = True
+        self.batch: Mapping[str, Tensor] | None = None
+        self.abandon: list[Callable[[], None]] = []  # undo what a half-done save left; called when giving up
+        self.gather, self.broadcast = self.ranks.gather, self.ranks.broadcast
+        self.agree, self.together, self.any_rank = self.ranks.agree, self.ranks.together, self.ranks.any_rank
+        self.sum_across_ranks, self.wait_for_all = self.ranks.sum_across_ranks, self.ranks.wait_for_all
+
+    # Whole process
+
+    def __enter__(self) -> Runtime:
+        self.signals.open()
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is None:
+            self.status.write(errors.DONE, "done")
+        else:
+            outcome = self._outcome(error)
+            error.outcome = outcome  # main_guard tells it; the exception itself goes on to callers of the Python API
+            self.status.write(outcome.code, outcome.reason)
+        if self.lock is not None:
+            self.lock.release()
+        self.signals.close()
+        self.log.close()
+        self.ranks.close()
+        if error is None and self.world_size > 1:
+            self.accelerator.end_training()  # only where all ranks are well: after a failure it could wait for ever
+
+    def _outcome(self, error: BaseException) -> Outcome:
+        outcome = Outcome.of(error, self.batch)
+        if outcome.error is None:
+            return outcome
+        first = self.ranks.reported()
+        if outcome.code == errors.DISTRIBUTED and first is not None:
+            return Outcome.of(first)  # this rank only noticed; that one knows why
+        if outcome.code == errors.STORAGE and self.signals.stopping:
+            return Outcome(errors.STOPPED_UNSAVED, f"{self.signals.reason}; {outcome.reason}", outcome.error)
+        as_engine_error(outcome.error, self.rank)
+        self.ranks.report(outcome.error)
+        return outcome
+
+    def _give_up(self, reason: str) -> None:
+        """Runs in the signal thread: the main thread may be anywhere, so the process ends here and now."""
+        self.status.write(errors.STOPPED_UNSAVED, reason)
+        for undo in self.abandon:
+            with suppress(Exception):
+                undo()
+        with suppress(Exception):
+            print(f"{_prefix()}{reason}", file=sys.stderr, flush=True)
+        os._exit(errors.STOPPED_UNSAVED)
+
+    # Run folder
+
+    def open_run(self, recipe: Recipe, resume: str | None = None) -> RunFolder:
+        """Choose, create and lock the run folder; start `train.log` and `run_status.json`. The same folder on all
+        ranks.
+
+        A folder whose run has finished comes back with `finished` set, unlocked and untouched.
+        """
+        facts = None
+        with self.ranks.together("opening the run folder"):
+            if self.is_main:
+                folder = choose_run_folder(recipe, resume)
+                if not folder.finished:
+                    self._lock(folder.path)
+                facts = [str(folder.path.absolute()), folder.reused, folder.finished]
+        path, reused, finished = self.ranks.broadcast(facts)
+        folder = RunFolder(Path(path), reused, finished)
+        if not finished:
+            self.log.open(folder.path)
+            self.status.open(folder.path)
+        return folder
+
+    def _lock(self, path: Path) -> None:
+        self.lock = FolderLock(path)
+        if note := self.lock.acquire():
+            log.warning(note)
+
+    # Signals
+
+    def requests(self) -> int:
+        """At an update boundary: stopping.NOTHING, SAVE or STOP, the same on every rank. One small collective."""
+        return self.ranks.highest(self.signals.take())
+
+    def stop(self, *, saved: bool) -> None:
+        """End the run on request: exit code 75 if `saved`, else 76. Raises Stopped."""
+        reason = self.signals.reason or "stopped by another rank's signal"
+        raise Stopped(f"{reason} after step {self.status.step}", saved=saved)
+
+    # Compute
+
+    def autocast(self) -> AbstractContextManager:
+        """Mixed precision of the recipe; the weights stay float32."""
+        import torch
+
+        kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        return torch.autocast(
+            self.device.type, kinds.get(self.precision, torch.bfloat16), enabled=self.precision in kinds
+        )
+
+    def scaler(self) -> torch.amp.GradScaler:
+        """Loss scaling for fp16; switched off, it passes everything through."""
+        import torch
+
+        return torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+
+    def to_device(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The batch on this rank's device; copies from pinned memory overlap with computation."""
+        self.batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+        return self.batch
+
+    def progress(self, **settings: Any) -> Any:
+        """A tqdm bar on the main rank's terminal; silent elsewhere, and everywhere if the recipe says so."""
+        from tqdm import tqdm
+
+        shown = self.show_progress and self.is_main and sys.stderr.isatty()
+        return tqdm(disable=not shown, file=sys.stderr, dynamic_ncols=False, ncols=100, leave=False, **settings)
+
+    # Random
+
+    def random_state(self) -> dict[str, Any]:
+        """Random generators of this rank: Python's, NumPy's, torch's, and its own GPU's."""
+        import numpy
+        import torch
+
+        state = {
+            "python": random.getstate(),
+            "numpy": numpy.random.get_state(legacy=True),
+            "torch": torch.get_rng_state(),
+        }
+        if self.device.type == "cuda":
+            state["cuda"] = torch.cuda.get_rng_state(self.device)
+        return state
+
+    def restore_random_state(self, state: Mapping[str, Any]) -> None:
+        """Inverse of `random_state`."""
+        import numpy
+        import torch
+
+        random.setstate(state["python"])
+        numpy.random.set_state(state["numpy"])
+        torch.set_rng_state(state["torch"])
+        if self.device.type == "cuda" and "cuda" in state:
+            torch.cuda.set_rng_state(state["cuda"], self.device)
+
+    def seed_ranks(self, seed: int) -> None:
+        """Different dropout on every rank. Call it after the model is built, which must be the same everywhere."""
+        seed_everything(seed + 1_000_003 * (self.rank + 1))
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's generators (NumPy takes 32 bits)."""
+    import numpy
+    import torch
+
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+# Starting
+
+
+def _refuse_unsafe_environment() -> None:
+    name = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+    if os.environ.get(name):
+        raise EngineError(
+            "E2.40",
+            f"{name} is set: it lets files run code when they are loaded",
+            name,
+            "nothing was started",
+            f"unset {name}",
+        )
+
+
+def _choose_device(wanted: str) -> str:
+    """ "cpu", "cuda" (the local rank's GPU) or "cuda:N"."""
+    import torch
+
+    if wanted == "cpu":
+        return "cpu"
+    if not torch.cuda.is_available():
+        if wanted != "auto":
+            log.warning("runtime.device is %s, but there is no usable CUDA GPU: running on the CPU", wanted)
+        return "cpu"
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") and wanted == "auto":
+        return "cpu"
+    if wanted in ("auto", "cuda"):
+        return "cuda"
+    index, count = int(wanted.removeprefix("cuda:")), torch.cuda.device_count()
+    if index >= count:
+        raise EngineError(
+            "E2.41",
+            f"runtime.device is {wanted}, but the GPUs are numbered 0 to {count - 1}",
+            "runtime.device",
+            next="choose one of them",
+        )
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise EngineError(
+            "E2.42",
+            f"runtime.device is {wanted}, but each of several ranks needs its own GPU",
+            "runtime.device",
+            next="use runtime.device=auto",
+        )
+    return wanted
+
+
+def _choose_precision(wanted: str, device: str, emulate: bool) -> str:
+    """The recipe's precision made concrete: fp32, bf16 or fp16."""
+    import torch
+
+    has_bf16 = device != "cpu" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if wanted == "auto":
+        return "bf16" if has_bf16 else "fp32"
+    if wanted == "bf16" and device != "cpu" and not has_bf16:
+        raise EngineError(
+            "E2.43",
+            "this GPU has no bf16",
+            "training.precision",
+            "nothing was started",
+            "use training.precision=fp16 or fp32",
+        )
+    if wanted == "fp16" and device == "cpu" and not emulate:
+        raise EngineError(
+            "E2.44",
+            "fp16 needs a GPU: on the CPU it would be slower than fp32 and no smaller",
+            "training.precision",
+            "nothing was started",
+            "use training.precision=fp32 or bf16",
+        )
+    return wanted
+
+
+def _build_accelerator(device: str, timeout: int) -> Any:
+    # Accelerate lets the environment override the constructor here; the loop does its own accumulation.
+    os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)
+    import torch
+    from accelerate import Accelerator, InitProcessGroupKwargs
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+    from accelerate.utils import DistributedType
+
+    if PartialState._shared_state and not torch.distributed.is_initialized():
+        AcceleratorState._reset_state(
+            reset_partial_state=True
+        )  # an earlier run of this process, perhaps on another device
+        GradientState._reset_state()
+    if device.startswith("cuda:"):
+        torch.cuda.set_device(device)
+        os.environ["ACCELERATE_TORCH_DEVICE"] = device
+    try:
+        accelerator = Accelerator(
+            cpu=device == "cpu",
+            # The loop opens autocast and owns the scaler; Accelerate's wrapper would add fp32 copies of the logits.
+            mixed_precision="no",
+            gradient_accumulation_steps=1,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=timeout))],
+        )
+    finally:
+        if device.startswith("cuda:"):
+            del os.environ["ACCELERATE_TORCH_DEVICE"]
+    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+        kind = accelerator.distributed_type.value
+        raise EngineError(
+            "E2.45",
+            f"launched for {kind}, which this engine does not run",
+            "accelerate launch",
+            "nothing was started",
+            "launch plain data parallelism (--multi_gpu)",
+        )
+    return accelerator
+
+
+def _rank_group(rank: int, world_size: int, timeout: float, device: torch.device) -> RankGroup:
+    if world_size == 1:
+        return RankGroup()
+    import torch.distributed as dist
+
+    store = dist.PrefixStore("engine", dist.distributed_c10d._get_default_store())
+    control = None
+    if device.type == "cuda":  # flags live on the host: a collective on the GPU would wait for the update to end
+        control = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout))
+    return RankGroup(rank, world_size, timeout=timeout, store=store, control=control)
+
+
+def _launched() -> bool:
+    """Whether the parent process is a launcher, with which this one should end."""
+    return "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+
+
+# Exit codes
+
+
+class Outcome:
+    """How a run ended: exit code, a line for the status file, and the error to print."""
+
+    def __init__(self, code: int, reason: str, error: EngineError | None = None) -> None:
+        self.code, self.reason, self.error = code, reason, error
+
+    @classmethod
+    def of(cls, error: BaseException, batch: Mapping[str, Tensor] | None = None) -> Outcome:
+        if isinstance(error, Stopped):
+            return cls(errors.STOPPED_SAVED if error.saved else errors.STOPPED_UNSAVED, str(error))
+        if isinstance(error, KeyboardInterrupt):
+            return cls(errors.STOPPED_UNSAVED, "stopped by SIGINT")
+        if isinstance(error, SystemExit):
+            return cls(error.code if isinstance(error.code, int) else int(error.code is not None), "exit")
+        known = classify(error, batch)
+        return cls(known.exit_code, str(known), known)
+
+
+def classify(error: BaseException, batch: Mapping[str, Tensor] | None = None) -> EngineError:
+    """Any exception as the one-line kind: memory is E8, lost peers are E9, what nobody foresaw is E1."""
+    if isinstance(error, EngineError):
+        return error
+    text = " ".join(str(error).split())[:300]
+    if isinstance(error, MemoryError) or _is_torch(error, "OutOfMemoryError") or _mentions(error, text, _OUT_OF_MEMORY):
+        return EngineError(
+            "E8.1",
+            f"out of memory: {text or type(error).__name__}",
+            _shapes(batch),
+            "checkpoints are untouched",
+            "halve training.per_device_train_batch_size and double training.gradient_accumulation_steps",
+        )
+    if any(
+        _is_torch(error, name) for name in ("DistError", "DistBackendError", "DistNetworkError", "DistStoreError")
+    ) or _mentions(error, text, _LOST_PEER):
+        return EngineError(
+            "E9.4",
+            f"a rank was lost or did not answer in time: {text}",
+            _shapes(batch),
+            "checkpoints are untouched",
+            "look at the other ranks' output, then --resume auto",
+        )
+    return EngineError(
+        "E1.1",
+        f"{type(error).__name__}: {text}",
+        "",
+        "checkpoints are untouched",
+        "please report this with the traceback",
+    )
+
+
+def _is_torch(error: BaseException, name: str) -> bool:
+    return any(kind.__name__ == name and kind.__module__.startswith("torch") for kind in type(error).__mro__)
+
+
+def _mentions(error: BaseException, text: str, marks: tuple[str, ...]) -> bool:
+    return isinstance(error, RuntimeError | ConnectionError) and any(mark in text.lower() for mark in marks)
+
+
+def _shapes(batch: Mapping[str, Tensor] | None) -> str:
+    if not batch:
+        return ""
+    return "micro-batch " + ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in batch.items())
+
+
+def _prefix() -> str:
+    return f"[rank {os.environ.get('RANK', '0')}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+
+
+def main_guard(main: Callable[[], int | None]) -> int:
+    """Run a command; turn whatever it raises into one line on stderr and an exit code.
+
+    A traceback is printed for bugs (code 1), and for everything with `--traceback` on the command line. Of several
+    ranks the one that had the error prints it.
+    """
+    wants_trace = "--traceback" in sys.argv
+    if not wants_trace:
+        warnings.simplefilter("ignore")
+        for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
+            os.environ.setdefault(name, "error")
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    try:
+        return main() or errors.DONE
+    except SystemExit as error:  # argparse has printed its own line
+        return Outcome.of(error).code
+    except BaseException as error:
+        outcome = getattr(error, "outcome", None) or Outcome.of(error)
+        _tell(error, outcome, wants_trace)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            _leave(outcome.code)
+        return outcome.code
+
+
+def _tell(error: BaseException, outcome: Outcome, wants_trace: bool) -> None:
+    rank = int(os.environ.get("RANK", "0"))
+    owner = getattr(outcome.error, "owner", None)
+    if owner is None and rank > 0:
+        # Failed before the ranks could speak, most likely all in the same way: rank 0 says so, and its end ends this
+        # one. A rank that is still there after that was alone with its trouble.
+        time.sleep(3.0 if outcome.error is not None else 0.0)
+    if (owner if owner is not None else rank) != rank or (outcome.error is None and rank > 0):
+        return
+    if wants_trace or outcome.code == errors.BUG:
+        traceback.print_exception(error)
+    print(f"{_prefix()}{outcome.reason}", file=sys.stderr, flush=True)
+
+
+def _leave(code: int) -> None:
+    """End this process without the clean-up of libraries, which can wait for ranks that are gone."""
+    for thread in threading.enumerate():
+        if thread is not threading.current_thread() and not thread.daemon:
+            thread.join(timeout=60)  # a save under way is worth waiting for
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
