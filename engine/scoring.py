@@ -251,6 +251,28 @@ def paired_difference(
     return Difference(float(sum(differences) / len(differences)), low, high, float((means > 0).mean()))
 
 
+def selection_gain(
+    candidates: Sequence[Sequence[float]], baseline: Sequence[float], seed: int = 0, *, resamples: int = 500
+) -> float:
+    """Gain over the baseline to expect on new rows when the best of many candidates is picked on these rows.
+
+    The best of many looks better on the rows that chose it than it is. So each resample picks the best candidate on the
+    drawn rows and measures its gain on the rows that were not drawn (out-of-bag bootstrap). Units of the scores.
+    """
+    import numpy as np
+
+    gains = np.asarray(candidates, dtype=np.float64) - np.asarray(baseline, dtype=np.float64)
+    rows = gains.shape[1]
+    rng = np.random.default_rng(seed)
+    measured = []
+    for _ in range(resamples):
+        counts = np.bincount(rng.integers(0, rows, rows), minlength=rows)
+        left_out = counts == 0
+        if left_out.any():
+            measured.append(gains[int(np.argmax(gains @ counts)), left_out].mean())
+    return float(np.mean(measured)) if measured else 0.0
+
+
 def _bootstrap_means(values: Sequence[float], seed: int, resamples: int):
     import numpy as np
 
