@@ -11,8 +11,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
+from transformers.modeling_outputs import BaseModelOutput
 
 from engine.generation import modelstate
+from engine.generation.encoder import encode
+from engine.generation.linears import fast_linears
 from engine.generation.search import Decoded, Search
 from engine.generation.settings import GenerationSettings
 
@@ -34,7 +37,7 @@ class Generated:
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """One result: token ids as generated (special tokens included, padding not), score, and whether it ended by itself."""
+    """One result: token ids as generated (special tokens included, padding not), its score, and whether it ended."""
 
     token_ids: list[int]
     score: float | None
@@ -61,7 +64,7 @@ def generate(
             stays untouched: the same global state gives the same samples again (and `generate`'s own).
     Raises: ValueError: from transformers, for settings that do not fit this batch (prompt longer than max_length).
     """
-    with _prepared(model) as base:
+    with _prepared(model, settings.max_new_tokens or settings.max_length) as base:
         return _run(base, input_ids, attention_mask, settings, vocabulary_mask, generator)
 
 
@@ -94,7 +97,7 @@ def generate_all(
     if empty := [i for i, prompt in enumerate(prompts) if not len(prompt)]:
         raise ValueError(f"prompt {empty[0]} is empty")
     results: list[list[Hypothesis]] = [[] for _ in prompts]
-    with _prepared(model) as base:
+    with _prepared(model, (settings.max_new_tokens or settings.max_length) * len(prompts)) as base:
         device = base.device
         if settings.do_sample and generator is None:
             generator = _copy_of_global(device)
@@ -164,13 +167,14 @@ def pad(
 
 
 @contextmanager
-def _prepared(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """The model to call `generate` on, ready for decoding; everything is put back on the way out."""
+def _prepared(model: torch.nn.Module, steps: int) -> Iterator[torch.nn.Module]:
+    """The model to call `generate` on, ready for decoding; everything is put back on the way out. steps: at most."""
     base = modelstate.unwrap(model)
     with ExitStack() as stack:
         stack.enter_context(modelstate.exclusive(base))
         stack.enter_context(torch.no_grad())
         stack.enter_context(modelstate.evaluation_mode(base))
+        stack.enter_context(fast_linears(base, steps))
         yield base
 
 
@@ -182,6 +186,8 @@ def _run(base, input_ids, attention_mask, settings, vocabulary_mask, generator) 
     search = Search(settings.repetition_scope, vocabulary_mask, generator)
     prompt_length = 1 if base.config.is_encoder_decoder else input_ids.shape[1]
     arguments = settings.generate_arguments(prompt_length)
+    if base.config.is_encoder_decoder and attention_mask is not None:
+        arguments["encoder_outputs"] = BaseModelOutput(last_hidden_state=encode(base, input_ids, attention_mask))
     decoded: Decoded = base.generate(
         input_ids=input_ids,
         attention_mask=attention_mask,

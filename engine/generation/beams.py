@@ -34,7 +34,7 @@ class BeamRules:
 
 
 class Beams:
-    """Running and finished hypotheses. `running` scores `[B, K]`; `trace` `[B, K, 2, T]` holds token and parent beam."""
+    """Running and finished hypotheses. `running` scores `[B, K]`; `trace` `[B, K, 2, T]`: token and parent."""
 
     def __init__(self, examples: int, rules: BeamRules, device: torch.device):
         self.rules = rules

@@ -40,7 +40,7 @@ class TreeLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        """Write new states, `[B, H, n, D]` or beam-major `[B*K, H, 1, D]`; return all states in use, `[B, H, used, D]`."""
+        """Write states `[B, H, n, D]` or beam-major `[B*K, H, 1, D]`; return all that are in use, `[B, H, used, D]`."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         key_states, value_states = self._per_example(key_states), self._per_example(value_states)

@@ -1,7 +1,7 @@
-"""Runs a model for B examples x K beams over one cache per example: the prompt once, then one token per beam and step.
+"""Runs a model for B examples x K beams over one cache per example: the prompt once, then a token per beam and step.
 
-Shapes: B examples, K beams (or samples), P prompt tokens (decoder start for encoder-decoders), S source tokens, C slots,
-G query heads per key head, V vocabulary.
+Shapes: B examples, K beams (or samples), P prompt tokens (decoder start for encoder-decoders), S source tokens,
+C slots, G query heads per key head, V vocabulary.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ def attention(model: torch.nn.Module, name: str) -> Iterator[None]:
 
 
 def unwrap(model: torch.nn.Module) -> torch.nn.Module:
-    """The transformers model inside DDP, compile and PEFT wrappers. LoRA-like adapters sit in its layers and stay active.
+    """The transformers model inside DDP, compile and PEFT wrappers. LoRA adapters sit in its layers and stay active.
 
     Raises: ValueError: for adapters that prepend to the prompt, which need PEFT's own `generate`.
     """

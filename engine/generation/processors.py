@@ -63,7 +63,7 @@ class History:
 
 
 def _countable(prompt: torch.Tensor, padding: torch.Tensor | None, vocabulary: int) -> torch.Tensor | None:
-    """Prompt with uncounted ids replaced by the row's last id, which counts anyway. None where that one cannot count."""
+    """Prompt with uncounted ids replaced by the row's last id, which counts anyway; None if that cannot count."""
     if prompt.shape[1] == 0:
         return prompt
     last = prompt[:, -1:]

@@ -272,7 +272,7 @@ def _log_softmax(logits: torch.Tensor, buffer: torch.Tensor | None) -> torch.Ten
 
 
 def _leave(gone: list[bool], device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """New order of the examples that stay: those at the end fill the gaps. Returns rows, and the gaps and their fillers.
+    """New order of the examples that stay: those at the end fill the gaps. Returns rows, gaps and what fills them.
 
     `rows[i]` is the old place of new example i; it differs from i only where i is a gap.
     """
