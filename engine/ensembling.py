@@ -21,9 +21,8 @@ from typing import NamedTuple
 import torch
 
 from engine import scoring
-from engine.generation import GenerationSettings, Hypothesis, api
+from engine.generation import GenerationSettings, Hypothesis, api, modelstate
 from engine.generation.decoder import Prompt, TreeDecoder
-from engine.generation.modelstate import attention
 from engine.generation.search import ATTENTION_NAME, Decoded, Search, unsupported
 
 
@@ -155,7 +154,7 @@ def generate_together(
         raise ValueError("every model needs its own prompt for every row")
     results: list[list[Hypothesis]] = [[] for _ in prompts[0]]
     with ExitStack() as stack:
-        bases = [stack.enter_context(api._prepared(model)) for model in models]
+        bases = [_ready(model, stack) for model in models]
         _refuse_strangers(bases)
         seq2seq = bases[0].config.is_encoder_decoder
         lengths = [max(len(rows[i]) for rows in prompts) for i in range(len(prompts[0]))]
@@ -171,6 +170,14 @@ def generate_together(
             if on_batch is not None:
                 on_batch(batch, hypotheses)
     return results
+
+
+def _ready(model: torch.nn.Module, stack: ExitStack) -> torch.nn.Module:
+    """The transformers model inside wrappers, ours alone and without dropout until the stack is left."""
+    base = modelstate.unwrap(model)
+    for context in (modelstate.exclusive(base), torch.no_grad(), modelstate.evaluation_mode(base)):
+        stack.enter_context(context)
+    return base
 
 
 def _refuse_strangers(bases: Sequence[torch.nn.Module]) -> None:
@@ -220,7 +227,7 @@ class _TogetherSearch(Search):
         chain = self._chain(logits_processor, start, copies, logits.shape[-1])
         with ExitStack() as stack:
             for base in self.bases:
-                stack.enter_context(attention(base, ATTENTION_NAME))
+                stack.enter_context(modelstate.attention(base, ATTENTION_NAME))
             loop = self._beam_search if (generation_config.num_beams or 1) > 1 else self._sample
             decoded: Decoded = loop(decoder, logits, chain, generation_config)
         decoded.cache_bytes = sum(member.tree.nbytes() for member in decoder.members)
