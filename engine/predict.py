@@ -1,0 +1,148 @@
+"""Predict: a trained model and a file of dialogues in, summaries out.
+
+    python engine/predict.py RUN_OR_MODEL_DIR --input test.csv --output predictions.csv [generation.key=value ...]
+
+Under `accelerate launch` the rows are shared among the ranks. Decoded batches are kept in a side file next to the output, so a
+prediction that was killed goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if __package__ in (
+    None,
+    "",
+):  # run as a script: Python put engine/ itself on the path, where the package cannot be found
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+if TYPE_CHECKING:
+    from engine.data import Example, Feature
+    from engine.decoding import Summarizer, Summary
+    from engine.partial import PartialResults
+    from engine.predictor import Predictor
+    from engine.recipe import Recipe
+    from engine.runtime import Runtime
+
+_OPEN_TO_OVERRIDES = ("generation", "data", "runtime", "evaluation")
+
+
+def predict(options: argparse.Namespace, recipe: Recipe, runtime: Runtime) -> list[Summary]:
+    """Read, decode what is not decoded yet, gather, write. Returns the summaries in the order of the input."""
+    from engine import outputs
+    from engine.partial import PartialResults
+    from engine.predictor import Predictor
+
+    with runtime.together("reading the input"):
+        examples = outputs.read_input(options.input, recipe)
+        outputs.check_target(examples, options)  # what cannot be written is refused before anything is decoded
+    with runtime.together("loading the model"):
+        predictor = Predictor.from_run(
+            options.model, device=runtime.device, precision=options.precision, base=options.base
+        )
+        predictor.generation = recipe.generation
+        summarizer = predictor.summarizer(recipe.evaluation.per_device_eval_batch_size)
+    features = predictor.features([example.dialogue for example in examples])
+    partial = PartialResults(options.output, runtime.rank, fingerprint=_fingerprint(options, examples, summarizer))
+    with runtime.autocast():
+        summaries = decode_rest(predictor, summarizer, features, partial, runtime)
+    with runtime.together("writing the output"):
+        if runtime.is_main:
+            outputs.write(examples, summaries, options, recipe)
+            partial.remove()
+    return summaries
+
+
+def decode_rest(
+    predictor: Predictor, summarizer: Summarizer, features: list[Feature], partial: PartialResults, runtime: Runtime
+) -> list[Summary]:
+    """Decode what no side file holds; no collective until all ranks are through."""
+    import torch
+
+    from engine.decoding import Summary
+    from engine.validation import gather_summaries
+
+    with runtime.together("reading what is decoded already"):
+        records = partial.read_all() if runtime.is_main else None
+    known = {record["index"]: Summary(**record) for record in runtime.broadcast(records)}
+    with (
+        runtime.progress(total=len(features), initial=len(known), desc="summarise", unit="row") as bar,
+        torch.no_grad(),
+    ):
+
+        def keep(summaries: list[Summary]) -> None:
+            partial.append(summaries)
+            bar.update(len(summaries) * runtime.world_size)
+
+        mine = summarizer.summarize(
+            predictor.bundle.model,
+            features,
+            skip=known.keys(),
+            rank=runtime.rank,
+            world_size=runtime.world_size,
+            on_batch=keep,
+        )
+    if runtime.is_main:
+        mine = [*known.values(), *mine]
+    return gather_summaries(mine, [feature.index for feature in features], runtime)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; see README.md for what it prints and its exit codes."""
+    options = parse(arguments)
+
+    from engine.predictor import model_folder, recipe_of
+    from engine.recipe_reader import with_overrides
+    from engine.runtime import start
+
+    recipe = with_overrides(recipe_of(model_folder(Path(options.model))), options.overrides, _OPEN_TO_OVERRIDES)
+    with start(recipe) as runtime:
+        predict(options, recipe, runtime)
+    return 0
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="engine/predict.py",
+        description="Summarise a file of dialogues with a trained model.",
+        epilog="Share the rows among several GPUs with: accelerate launch engine/predict.py ...",
+    )
+    parser.add_argument(
+        "model", metavar="RUN_OR_MODEL_DIR", help="a run folder, a checkpoint, or a model or adapter folder"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="generation.key=value", help="settings that win over the run's")
+    parser.add_argument(
+        "--input", required=True, metavar="FILE", help="CSV, JSONL or parquet; - reads dialogues from stdin"
+    )
+    parser.add_argument("--output", required=True, metavar="FILE", help="CSV, or JSONL by its suffix")
+    parser.add_argument("--sample-submission", metavar="FILE", help="write in this sample's format")
+    parser.add_argument("--base", metavar="DIR_OR_ID", help="base model of an adapter, instead of the one it names")
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16", "fp16"), help="default: bf16 where the GPU has it, else fp32"
+    )
+    parser.add_argument("--traceback", action="store_true", help="print a traceback for every error")
+    return parser.parse_intermixed_args(arguments)
+
+
+def _fingerprint(options: argparse.Namespace, examples: list[Example], summarizer: Summarizer) -> str:
+    """Of everything that decides a decoded row: model files, settings, input."""
+    from engine.data import fingerprint
+    from engine.predictor import model_folder
+
+    folder = model_folder(Path(options.model))
+    files = sorted(
+        (path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in folder.iterdir() if path.is_file()
+    )
+    parts = (files, options.base, options.precision, summarizer.describe(), fingerprint(examples))
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+if __name__ == "__main__":
+    from engine.runtime import main_guard
+
+    sys.exit(main_guard(main))

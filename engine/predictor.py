@@ -1,0 +1,203 @@
+"""The Python API for a trained model: dialogues in, summaries out.
+
+predictor = Predictor.from_run("experiments/20260101/20260101_120000_kobart")
+predictor.predict_single("#Person1#: ...")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engine.errors import EngineError
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import torch
+
+    from engine.decoding import Summarizer, Summary
+    from engine.models import ModelBundle
+    from engine.recipe import Generation, Recipe
+
+
+class Predictor:
+    """Summarises with one trained model, under the prompt and generation settings it was trained with.
+
+    Args:
+        bundle: model, tokenizer and prompt settings.
+        generation: default settings; each call may override them by name.
+    """
+
+    def __init__(self, bundle: ModelBundle, generation: Generation) -> None:
+        self.bundle, self.generation = bundle, generation
+        self.encoder = bundle.text_encoder()
+
+    @classmethod
+    def from_run(
+        cls,
+        path: str | Path,
+        *,
+        device: str | torch.device = "auto",
+        precision: str | None = None,
+        base: str | None = None,
+    ) -> Predictor:
+        """Load a run folder (its final model), a checkpoint, or any Hugging Face model or PEFT adapter folder.
+
+        Args:
+            device: "auto" takes the GPU where there is one.
+            precision: fp32, bf16 or fp16; None: bf16 where the GPU has it, else fp32.
+            base: replaces the base model that an adapter names.
+
+        Raises:
+            EngineError: E4 where no usable model is found.
+        """
+        import torch
+
+        from engine import models
+
+        folder = model_folder(Path(path))
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        bundle = models.load_trained(folder, device=torch.device(device), precision=precision, base=base)
+        return cls(bundle, recipe_of(folder).generation)
+
+    def predict_single(self, dialogue: str, **gen: Any) -> str:
+        """Summary of one dialogue; `gen` overrides generation settings by `generate`'s names."""
+        return self.predict_batch([dialogue], batch_size=1, show_progress=False, **gen)[0]
+
+    def predict_batch(
+        self, dialogues: Sequence[str], batch_size: int = 32, show_progress: bool = True, **gen: Any
+    ) -> list[str]:
+        """Summaries in the order of the dialogues."""
+        return [summary.text for summary in self.summarize(dialogues, batch_size, show_progress, **gen)]
+
+    def predict_dataframe(
+        self,
+        df: pd.DataFrame,
+        text_column: str = "dialogue",
+        summary_column: str = "summary",
+        batch_size: int = 32,
+        show_progress: bool = True,
+        **gen: Any,
+    ) -> pd.DataFrame:
+        """A copy of `df` with the summaries in `summary_column`; the order and the index of the rows are kept.
+
+        Raises:
+            EngineError: E3 where the column is missing or a dialogue is empty.
+        """
+        if text_column not in df.columns:
+            raise EngineError(
+                "E3.30", f"no column {text_column!r}; there are {', '.join(map(str, df.columns))}", "data frame"
+            )
+        summaries = self.predict_batch(df[text_column].tolist(), batch_size, show_progress, **gen)
+        return df.assign(**{summary_column: summaries})
+
+    def create_submission(
+        self,
+        test_df: pd.DataFrame,
+        output_path: str | Path,
+        batch_size: int = 32,
+        show_progress: bool = True,
+        sample_submission: str | Path | None = None,
+        **gen: Any,
+    ) -> pd.DataFrame:
+        """Predict `test_df` (columns fname, dialogue) and write a submission in the sample's format.
+
+        Raises:
+            EngineError: E3 where ids, order or columns do not fit the sample.
+        """
+        from engine.submission import submission_table, write_submission
+
+        predicted = self.predict_dataframe(test_df, batch_size=batch_size, show_progress=show_progress, **gen)
+        table = submission_table(list(predicted["fname"]), list(predicted["summary"]), sample_submission)
+        write_submission(table, Path(output_path))
+        return predicted[["fname", "summary"]]
+
+    def summarize(
+        self,
+        dialogues: Sequence[str],
+        batch_size: int = 32,
+        show_progress: bool = False,
+        on_batch: Callable[[list[Summary]], None] | None = None,
+        **gen: Any,
+    ) -> list[Summary]:
+        """As `predict_batch`, with scores, n-best lists and how each text ended."""
+        from tqdm import tqdm
+
+        features = self.features(dialogues)
+        summarizer = self.summarizer(batch_size, **gen)
+        with tqdm(total=len(features), disable=not show_progress, ncols=100, desc="summarise", unit="row") as bar:
+
+            def report(summaries: list[Summary]) -> None:
+                bar.update(len(summaries))
+                if on_batch:
+                    on_batch(summaries)
+
+            done = summarizer.summarize(self.bundle.model, features, on_batch=report)
+        return sorted(done, key=lambda summary: summary.index)
+
+    def features(self, dialogues: Sequence[str]) -> list[Any]:
+        """Tokenised prompts. Raises: EngineError E3 naming the first dialogue that is no text."""
+        from engine.data import Example
+
+        for number, dialogue in enumerate(dialogues, start=1):
+            if not isinstance(dialogue, str) or not dialogue.strip():
+                raise EngineError(
+                    "E3.31", f"dialogue {number} is empty or no text", f"row {number}", next="leave it out or fill it"
+                )
+        examples = [
+            Example(id=str(i), dialogue=text, references=(), topic=None, row=i + 1) for i, text in enumerate(dialogues)
+        ]
+        return [self.encoder.prompt_feature(example, index) for index, example in enumerate(examples)]
+
+    def summarizer(self, batch_size: int, **gen: Any) -> Summarizer:
+        from engine.decoding import Summarizer
+
+        return Summarizer(
+            self.bundle,
+            self.encoder,
+            overridden(self.generation, gen),
+            max_new_tokens=self.bundle.lengths["max_target_length"],
+            batch_size=batch_size,
+        )
+
+
+def model_folder(path: Path) -> Path:
+    """The model inside `path`: a run's final_model or its best checkpoint, else the folder itself.
+
+    Raises:
+        EngineError: E4 where there is neither.
+    """
+    if (path / "final_model").is_dir():
+        return path / "final_model"
+    if any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
+        return path
+    for pointer in ("best.json", "last.json"):
+        if (path / pointer).is_file():
+            from engine.storage import read_json
+
+            return path / f"checkpoint-{read_json(path / pointer)['step']}"
+    raise EngineError("E4.20", "no model here", str(path), "nothing was written", "give a run folder or a model folder")
+
+
+def recipe_of(folder: Path) -> Recipe:
+    """The recipe that the model was trained with; the defaults for a foreign folder."""
+    from engine.recipe import Recipe
+    from engine.recipe_reader import load_recipe
+
+    for place in (folder, folder.parent):
+        if (place / "recipe.yaml").is_file():
+            return load_recipe(place / "recipe.yaml")
+    return Recipe()
+
+
+def overridden(generation: Generation, gen: dict[str, Any]) -> Generation:
+    """The section with some settings replaced. Raises: EngineError E2 for an unknown name or a bad value."""
+    from engine.recipe import Recipe
+    from engine.recipe_reader import with_overrides
+
+    if not gen:
+        return generation
+    changes = {f"generation.{key}": value for key, value in gen.items()}
+    return with_overrides(Recipe(generation=generation), changes, ("generation",)).generation

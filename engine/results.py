@@ -1,0 +1,115 @@
+"""The end of a run: the best weights as `final_model/`, predictions of the test split, `results.json`, `results.csv`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engine import models, validation
+from engine.assembly import Splits, split_of
+from engine.storage import read_json, write_json_atomically
+from engine.tracking import append_result, read_rows, write_predictions
+
+if TYPE_CHECKING:
+    from engine.job import Job
+    from engine.runtime import Runtime
+
+log = logging.getLogger("engine.train")
+_NOT_MODEL = {"engine_state", "manifest.json"}
+
+
+def finish(job: Job, splits: Splits) -> dict[str, Any]:
+    """Everything after the last update. Returns the content of `results.json`."""
+    job.store.wait()
+    best = job.state.best_step if job.state.best_step is not None else job.state.saved_step
+    checkpoint = job.run_dir / f"checkpoint-{best}"
+    with job.runtime.together("writing final_model"):
+        if job.runtime.is_main:
+            publish(checkpoint, job.run_dir)
+    test_metrics = _predict_test(job, splits, checkpoint, best)
+    record = _record(job, best, test_metrics)
+    with job.runtime.together("writing results"):
+        if job.runtime.is_main:
+            write_json_atomically(job.run_dir / "results.json", record)
+            append_result(Path(job.recipe.experiment.output_root) / "results.csv", _row(record))
+    log.info("best step %s: %s = %s", best, job.recipe.evaluation.metric, record["best_value"])
+    log.info("final model: %s", record["final_model_path"])
+    return record
+
+
+def publish(checkpoint: Path, run_dir: Path) -> None:
+    """`final_model/`: the checkpoint's model files, the resolved recipe, and nothing that only a resume needs."""
+    final, partial = run_dir / "final_model", run_dir / ".tmp-final_model"
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(checkpoint, partial, ignore=lambda folder, names: _NOT_MODEL & set(names))
+    shutil.copy2(run_dir / "recipe.yaml", partial / "recipe.yaml")
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(partial, final)
+
+
+def _predict_test(job: Job, splits: Splits, checkpoint: Path, step: int) -> dict[str, Any] | None:
+    """Predict the test split with the best weights; scores where it has summaries."""
+    if not splits.test or job.summarizer is None:
+        return None
+    models.load_weights(job.bundle.model, checkpoint)
+    split = split_of("test", splits.test, job.bundle.text_encoder())
+    evaluation = validation.evaluate(
+        job.bundle.model,
+        split,
+        job.runtime,
+        collate=job.bundle.collate,
+        batch_size=job.recipe.evaluation.per_device_eval_batch_size,
+        summarizer=job.summarizer,
+        rouge_tokenizer=job.recipe.evaluation.rouge_tokenizer,
+    )
+    if job.runtime.is_main:
+        write_predictions(job.run_dir / "predictions" / f"test-step{step}.csv", evaluation.rows)
+        if split.targets is not None:
+            log.info(
+                "test ROUGE mean %.2f (%s)", evaluation.metrics["rouge_mean"], evaluation.metrics["rouge_tokenizer"]
+            )
+    return evaluation.metrics
+
+
+def _record(job: Job, best: int, test_metrics: dict[str, Any] | None) -> dict[str, Any]:
+    state = job.state
+    rows = [row for row in read_rows(job.run_dir / "metrics.jsonl") if row["split"] == "dev" and row["step"] == best]
+    total = state.train_seconds + state.evaluation_seconds
+    return {
+        "run": job.run_dir.name,
+        "final_model_path": str(job.run_dir / "final_model"),
+        "best_step": best,
+        "best_metric": job.recipe.evaluation.metric,
+        "best_value": state.best_value,
+        "metrics": rows[-1] if rows else None,
+        "test_metrics": test_metrics,
+        "last_step": state.step,
+        "skipped_updates": state.skipped,
+        "stop_reason": state.stop_reason or "done",
+        "train_seconds": state.train_seconds,
+        "evaluation_seconds": state.evaluation_seconds,
+        "evaluation_share": state.evaluation_seconds / total if total else 0.0,
+        "model": job.bundle.report | {"name_or_path": job.recipe.model.name_or_path},
+        "world_size": job.runtime.world_size,
+        "versions": {name: version(name) for name in ("torch", "transformers", "accelerate", "peft")}
+        | {"python": platform.python_version()},
+    }
+
+
+def _row(record: dict[str, Any]) -> dict[str, Any]:
+    """One line of results.csv."""
+    metrics = record["metrics"] or {}
+    keys = ("run", "best_step", "best_metric", "best_value", "last_step", "train_seconds", "evaluation_seconds")
+    scores = {key: metrics.get(key) for key in ("loss", "rouge1", "rouge2", "rougeL", "rouge_mean", "rouge_tokenizer")}
+    model = {"model": record["model"]["name_or_path"] or record["model"]["model_type"]}
+    return {key: record[key] for key in keys} | scores | model | {"final_model_path": record["final_model_path"]}
+
+
+def already_complete(run_dir: Path, runtime: Runtime) -> dict[str, Any]:
+    log.info("%s is already complete; nothing to do", run_dir)
+    return read_json(run_dir / "results.json")
