@@ -48,13 +48,9 @@ def check_skipping(state: TrainerState, scaler: torch.amp.GradScaler, training: 
     collapsed = scaler.is_enabled() and scaler.get_scale() < SMALLEST_SCALE
     if not collapsed and state.skipped_in_a_row <= training.max_skipped_updates:
         return
-    what = (
-        f"the fp16 loss scale fell to {scaler.get_scale():g}"
-        if collapsed
-        else (
-            f"{state.skipped_in_a_row} updates in a row were skipped (training.max_skipped_updates={training.max_skipped_updates})"
-        )
-    )
+    what = f"{state.skipped_in_a_row} updates in a row were skipped, more than training.max_skipped_updates"
+    if collapsed:
+        what = f"the fp16 loss scale fell to {scaler.get_scale():g}"
     raise EngineError(
         "E7.2",
         what,
