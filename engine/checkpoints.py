@@ -16,24 +16,27 @@ ranks learn how they ended when the save is joined (`wait`), before the next sav
 from __future__ import annotations
 
 import logging
-import re
 import secrets
 import shutil
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine import manifests
 from engine.errors import EngineError
-from engine.manifests import MANIFEST, DamagedError, identity_of
+from engine.history import History
+from engine.manifests import MANIFEST, identity_of
+from engine.snapshots import HostCopies, weights_of
 from engine.storage import (
+    fail_points,
     file_record,
     flatten_state,
     free_bytes,
     fsync_file,
-    read_json,
+    reached,
     read_state,
     storage_error,
     write_json_atomically,
@@ -41,26 +44,14 @@ from engine.storage import (
 )
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from engine.runtime import Runtime
 
-__all__ = ["CheckpointStore", "EngineState", "fail_points", "identity_of", "weights_of"]
+__all__ = ["CheckpointStore", "EngineState", "fail_points", "identity_of", "refusing", "weights_of"]
 log = logging.getLogger("engine.checkpoints")
 ENGINE_STATE = "engine_state"
-_NAME = re.compile(r"checkpoint-(\d{1,18})")
-_LEFTOVER = re.compile(r"\.(tmp|trash)-checkpoint-\d+-[0-9a-f]+")
-_PARTIAL = re.compile(r"\.[\w.]+\.json\.\d+\.partial")
 _SLACK = 4 << 20  # bytes of a checkpoint that are not tensors: tokenizer, configs, manifest
-
-# Callables `(point, path)` met on the way through a save. Only tests fill this list, to kill or to fail at a given
-# point.
-fail_points: list[Callable[[str, Path], None]] = []
-
-
-def _reached(point: str, path: Path) -> None:
-    for callback in fail_points:
-        callback(point, path)
 
 
 @dataclass
@@ -92,15 +83,8 @@ class _Save:
     weights: Mapping[str, Tensor]
     write_model: Callable[[Path, Mapping[str, Tensor]], None]
     optimizer: tuple[Any, Mapping[str, Tensor]]
-    small: dict[str, Any]
+    small: dict[str, tuple[Any, Mapping[str, Tensor]]]
     metrics: dict[str, Any]
-
-
-def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """The live tensors that a checkpoint of this model holds: all of them, or what is trained on top of a PEFT base."""
-    if hasattr(model, "peft_config"):
-        return {name: tensor.detach() for name, tensor in model.named_parameters() if tensor.requires_grad}
-    return model.state_dict()
 
 
 class CheckpointStore:
@@ -129,19 +113,17 @@ class CheckpointStore:
     ) -> None:
         manifests.check_allowed(allow_change)
         self.run_dir, self.runtime, self.ranks = run_dir, runtime, runtime.ranks
-        self.save_total_limit, self.sync, self.on_error = save_total_limit, sync, on_error
+        self.sync, self.on_error = sync, on_error
         self.identity, self.allow_change = dict(identity), tuple(allow_change)
         self._thread: threading.Thread | None = None
         self._pending: int | None = None  # step of the save that is not joined yet; the same on all ranks
         self._failure: BaseException | None = None
         self._temp: Path | None = None
-        self._best: dict[str, Any] | None = None
-        self._pointers = threading.Lock()
+        self.history = History(run_dir, save_total_limit)
         self._copies = HostCopies()
         with self.ranks.together("looking for earlier checkpoints"):
             if self.ranks.is_main:
-                self._clean()
-        self.run_id: str = self.ranks.broadcast(self._known_run_id() or secrets.token_hex(8))
+                self.history.open()
         runtime.abandon.append(self._abandon)
 
     weights_of = staticmethod(weights_of)
@@ -189,12 +171,14 @@ class CheckpointStore:
             return self._failed(error)
         self._pending = step
         if self.ranks.is_main:
+            # Flattened now: the live objects move on while the save is written.
             small = {"scheduler": state.scheduler, "scaler": state.scaler}
             small["trainer_state"] = {
                 "step": step, "position": state.position, "best": state.best, "identity": self.identity
             }  # fmt: skip
-            job = _Save(step, folder, rank_files, live, write_model, optimizer, small, dict(metrics or {}))
-            self._remember_best(state.best)
+            flat = {name: flatten_state(value) for name, value in small.items()}
+            job = _Save(step, folder, rank_files, live, write_model, optimizer, flat, dict(metrics or {}))
+            self.history.set_best(state.best)
             self._launch(job)
         return self.wait() if self.sync else True
 
@@ -219,7 +203,7 @@ class CheckpointStore:
                     (self._temp / ENGINE_STATE).mkdir(parents=True)
                 except OSError as error:
                     raise self._storage_error(error, self._temp) from error
-                _reached("temp-made", self._temp)
+                reached("temp-made", self._temp)
         return self.run_dir / self.ranks.broadcast(name)
 
     def _write_rank_files(self, folder: Path, state: EngineState) -> dict[str, Any]:
@@ -229,7 +213,7 @@ class CheckpointStore:
             tree, tensors = flatten_state(state.rng)
             for path in write_state(folder / ENGINE_STATE, f"rng-rank{self.ranks.rank}", tree, tensors):
                 records[path.relative_to(folder).as_posix()] = file_record(path)
-                _reached("file", path)
+                reached("file", path)
         except Exception as caught:
             error = self._storage_error(caught, folder)
         told = self.ranks.exchange("hashes of a save", records, error)
@@ -263,46 +247,50 @@ class CheckpointStore:
     def _write_contents(self, job: _Save) -> None:
         state_dir = job.folder / ENGINE_STATE
         job.write_model(job.folder, job.weights)
-        _reached("model", job.folder)
+        reached("model", job.folder)
         write_state(state_dir, "optimizer", *job.optimizer)
         for name, value in job.small.items():
-            write_state(state_dir, name, *flatten_state(value))
+            write_state(state_dir, name, *value)
         files = {}
+        mode = (state_dir / "trainer_state.json").stat().st_mode
         for name in sorted(manifests.list_files(job.folder)):
+            (job.folder / name).chmod(mode)  # safetensors files come out readable by their owner alone
             files[name] = file_record(job.folder / name)
-            _reached("file", job.folder / name)
+            reached("file", job.folder / name)
         if lost := [name for name, record in job.rank_files.items() if files.get(name) != record]:
             raise OSError(f"{lost[0]} did not arrive as its rank wrote it")
-        facts = {"run_id": self.run_id, "step": job.step, "world_size": self.ranks.world_size, "metrics": job.metrics}
+        facts = {
+            "run_id": self.history.run_id,
+            "step": job.step,
+            "world_size": self.ranks.world_size,
+            "metrics": job.metrics,
+        }
         facts |= {"identity_sha256": manifests.digest_of(self.identity), "data": self.identity.get("data")}
         facts["tokenizer"] = self.identity.get("tokenizer")
         for folder in {(job.folder / name).parent for name in files}:
             fsync_file(folder)
-        _reached("before-manifest", job.folder)
+        reached("before-manifest", job.folder)
         write_json_atomically(job.folder / MANIFEST, manifests.build_manifest(files, **facts))
-        _reached("after-manifest", job.folder)
+        reached("after-manifest", job.folder)
 
     def _commit(self, job: _Save) -> None:
         """Stage 5: the instant at which the checkpoint comes to be."""
-        final = self.path_of(job.step)
-        if final.is_symlink() or final.exists():
-            _set_aside(final, "trash" if self._is_ours(final) else "bad")  # never write into a folder with a final name
-        _reached("before-rename", job.folder)
+        final = self.history.path_of(job.step)
+        self.history.make_way(final)
+        reached("before-rename", job.folder)
         job.folder.rename(final)
-        _reached("after-rename", final)
+        reached("after-rename", final)
         fsync_file(self.run_dir)
         self._temp = None
 
     def _publish(self, job: _Save) -> None:
         """Stage 6: pointers, then rotation."""
-        self.runtime.status.last_checkpoint = self.path_of(job.step).name
-        write_json_atomically(self.run_dir / "last.json", {"step": job.step, "run_id": self.run_id})
-        _reached("after-last", self.run_dir)
-        with self._pointers:
-            if self._best is not None and self._best["step"] == job.step:
-                self._write_best()
-        _reached("after-best", self.run_dir)
-        self.rotate()
+        self.runtime.status.last_checkpoint = self.history.path_of(job.step).name
+        self.history.set_last(job.step)
+        reached("after-last", self.run_dir)
+        self.history.point_at_best()
+        reached("after-best", self.run_dir)
+        self.history.rotate()
 
     def wait(self) -> bool:
         """Join the save under way. True if it is complete; under `on_error: continue` False after a warning.
@@ -322,7 +310,7 @@ class CheckpointStore:
                     raise failure
         except EngineError as error:
             return self._failed(error)
-        self.runtime.status.last_checkpoint = self.path_of(step).name
+        self.runtime.status.last_checkpoint = self.history.path_of(step).name
         return True
 
     def _failed(self, error: EngineError) -> bool:
@@ -352,97 +340,22 @@ class CheckpointStore:
             temp.rename(trash)  # whichever rename comes first wins; the other one finds nothing
             shutil.rmtree(trash, ignore_errors=True)
 
-    # Best and rotation
+    # Pointers
 
     def mark_best(self, step: int, metric: str, value: float) -> None:
-        """Point `best.json` at a step that is saved, or at one whose save is under way as soon as that is complete."""
+        """Point `best.json` at a step that is saved, or at one under way as soon as that is complete."""
         if self.ranks.is_main:
-            self._remember_best({"step": step, "metric": metric, "value": value})
-
-    def _remember_best(self, best: dict[str, Any] | None) -> None:
-        with self._pointers:
-            self._best = best
-            if best is not None and self._is_ours(self.path_of(best["step"])) and self._pointer("best") != best["step"]:
-                self._write_best()
-
-    def _write_best(self) -> None:
-        write_json_atomically(self.run_dir / "best.json", {**self._best, "run_id": self.run_id})
-
-    def _pointer(self, name: str) -> int | None:
-        try:
-            step = read_json(self.run_dir / f"{name}.json")["step"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-        return step if isinstance(step, int) else None
+            self.history.set_best({"step": step, "metric": metric, "value": value})
 
     def best_path(self) -> Path | None:
-        """Folder of the best checkpoint, if there is one."""
-        return self._pointed("best")
+        """Folder of the best checkpoint, if there is one. Call `wait` first."""
+        return self.history.pointed("best")
 
     def last_path(self) -> Path | None:
-        """Folder of the latest checkpoint, if there is one."""
-        return self._pointed("last")
-
-    def _pointed(self, name: str) -> Path | None:
-        step = self._pointer(name)
-        return self.path_of(step) if step is not None and self.path_of(step).is_dir() else None
-
-    def path_of(self, step: int) -> Path:
-        """Where the checkpoint of that step lies, or would."""
-        return self.run_dir / f"checkpoint-{step}"
-
-    def _steps(self) -> list[int]:
-        """Steps of this run's complete checkpoints, ascending. Links, files and other runs' folders do not count."""
-        names = [_NAME.fullmatch(entry.name) for entry in self.run_dir.iterdir()]
-        return sorted(int(match[1]) for match in names if match and self._is_ours(self.run_dir / match[0]))
-
-    def _is_ours(self, folder: Path) -> bool:
-        try:
-            if folder.is_symlink():
-                return False
-            manifest = read_json(folder / MANIFEST)
-            return manifest["run_id"] == self.run_id and f"checkpoint-{manifest['step']}" == folder.name
-        except (OSError, ValueError, KeyError, TypeError):
-            return False
-
-    def rotate(self) -> None:
-        """Remove this run's checkpoints but the latest `save_total_limit` and the best. On rank 0; failures only
-        warn.
-        """
-        _remove_leftovers(self.run_dir, kinds=("trash",))
-        if self.save_total_limit is None:
-            return
-        with self._pointers:
-            best = {self._pointer("best"), self._best["step"] if self._best else None}
-        for step in self._steps()[: -self.save_total_limit]:
-            if step not in best:
-                _remove(self.path_of(step))
+        """Folder of the latest checkpoint, if there is one. Call `wait` first."""
+        return self.history.pointed("last")
 
     # Resume
-
-    def _clean(self) -> None:
-        """Remove what killed saves of this folder left behind; the lock says that nobody is writing here."""
-        _remove_leftovers(self.run_dir, kinds=("tmp", "trash"))
-        for path in self.run_dir.iterdir():
-            if _PARTIAL.fullmatch(path.name) and path.is_file():
-                path.unlink(missing_ok=True)
-
-    def _known_run_id(self) -> str | None:
-        """The run that this folder belongs to: what the last pointer says, else the newest readable manifest."""
-        sources = [self.run_dir / "last.json", self.run_dir / "best.json"]
-        folders = sorted(self._entries(), key=lambda path: -int(path.name.split("-")[1]))
-        for source in [*sources, *(folder / MANIFEST for folder in folders)]:
-            try:
-                run_id = read_json(source)["run_id"]
-            except (OSError, ValueError, KeyError, TypeError):
-                continue
-            if isinstance(run_id, str) and re.fullmatch(r"[0-9a-f]{16}", run_id):
-                return run_id
-        return None
-
-    def _entries(self) -> list[Path]:
-        """Everything here that is named like a checkpoint."""
-        return [entry for entry in self.run_dir.iterdir() if _NAME.fullmatch(entry.name)]
 
     def find_resume(self, spec: str | Path | None) -> Path | None:
         """The checkpoint to go on from, verified to the last byte; None for a fresh start.
@@ -457,62 +370,9 @@ class CheckpointStore:
         found = None
         with self.ranks.together("choosing a checkpoint"):
             if self.ranks.is_main and spec is not None:
-                named = _NAME.fullmatch(Path(spec).name) if spec != "auto" else None
-                found = self._verified(self.run_dir / named[0]) if named else self._newest_valid()
+                found = self.history.choose(spec)
         name = self.ranks.broadcast(found.name if found is not None else None)
         return None if name is None else self.run_dir / name
-
-    def _verified(self, folder: Path) -> Path:
-        """An explicitly named checkpoint: no falling back."""
-        try:
-            if not folder.is_dir():
-                raise DamagedError("the folder is missing")
-            manifests.verify(folder)
-        except DamagedError as error:
-            raise EngineError(
-                "E5.3",
-                f"the checkpoint is damaged: {error}",
-                str(folder),
-                "nothing was changed",
-                "use --resume auto to go back to the newest whole one",
-            ) from error
-        return folder
-
-    def _newest_valid(self) -> Path | None:
-        entries = sorted(self._entries(), key=lambda path: -int(path.name.split("-")[1]))
-        damaged, strange = [], []
-        for folder in entries:
-            if folder.is_symlink() or not folder.is_dir():
-                strange.append(folder)
-                continue
-            try:
-                manifest = manifests.verify(folder)
-            except DamagedError as error:
-                log.warning("%s is damaged (%s); going back to the one before", folder.name, error)
-                damaged.append(folder)
-                continue
-            if manifest["run_id"] == self.run_id:
-                return folder
-            log.warning("%s belongs to another run and is left alone", folder.name)
-            strange.append(folder)
-        if damaged:
-            raise EngineError(
-                "E5.7",
-                "every checkpoint of this run is damaged",
-                str(self.run_dir),
-                "nothing was changed",
-                "start a new run in another experiment.output_dir",
-            )
-        if strange:
-            raise EngineError(
-                "E2.35",
-                f"{strange[0].name} is not this run's checkpoint, and saves would collide with it",
-                str(strange[0]),
-                "nothing was changed",
-                "move it away, or choose another experiment.output_dir",
-            )
-        log.info("nothing to resume in %s: starting fresh", self.run_dir)
-        return None
 
     def load_state(self, folder: Path) -> EngineState:
         """State of a checkpoint that `find_resume` returned; makes it the end of this folder's history.
@@ -523,135 +383,37 @@ class CheckpointStore:
         Raises:
             EngineError: E5.5 with a list of differences when recipe, data, tokenizer or ranks are not the checkpoint's.
         """
-        with self.ranks.together("loading a checkpoint"):
+        with self.ranks.together("loading a checkpoint"), refusing(folder):
             state = self._read_state(folder)
         with self.ranks.together("setting the pointers"):
             if self.ranks.is_main:
-                self._adopt(folder, state)
+                self.history.adopt(folder, state.best)
         self.runtime.status.last_checkpoint = folder.name
         return state
 
     def _read_state(self, folder: Path) -> EngineState:
         source = folder / ENGINE_STATE
-        try:
-            trainer = read_state(source, "trainer_state")
-            for text in manifests.changes(trainer["identity"], self.identity, self.allow_change, folder):
-                log.warning("changed on resume, as allowed: %s", text)
-            parts = {name: read_state(source, name) for name in ("optimizer", "scheduler", "scaler")}
-            own = f"rng-rank{self.ranks.rank}"
-            same_ranks = trainer["identity"].get("world_size", self.ranks.world_size) == self.ranks.world_size
-            rng = read_state(source, own) if same_ranks or (source / f"{own}.json").exists() else None
-            return EngineState(position=trainer["position"], best=trainer["best"], rng=rng, **parts)
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise EngineError(
-                "E5.8",
-                f"the checkpoint's state cannot be read: {error}",
-                str(source),
-                "nothing was changed",
-                "use --resume auto",
-            ) from error
-
-    def _adopt(self, folder: Path, state: EngineState) -> None:
-        step = int(folder.name.split("-")[1])
-        for newer in [entry for entry in self._entries() if int(entry.name.split("-")[1]) > step]:
-            if newer.is_dir() and not newer.is_symlink():
-                kind = "later" if self._is_ours(newer) and self._is_whole(newer) else "bad"
-                log.warning("%s is set aside as %s", newer.name, _set_aside(newer, kind).name)
-        write_json_atomically(self.run_dir / "last.json", {"step": step, "run_id": self.run_id})
-        self._best = state.best
-        if state.best is None or not self._is_whole(self.path_of(state.best["step"])):
-            self._best = self._best_of_manifests(state.best)
-        if self._best is not None:
-            self._write_best()
-        else:
-            (self.run_dir / "best.json").unlink(missing_ok=True)
-
-    @staticmethod
-    def _is_whole(folder: Path) -> bool:
-        try:
-            return bool(manifests.verify(folder))
-        except (DamagedError, EngineError):
-            return False
-
-    def _best_of_manifests(self, lost: dict[str, Any] | None) -> dict[str, Any] | None:
-        """The best whole checkpoint by the metrics of the manifests, after the one pointed at was lost."""
-        if lost is None:
-            return None
-        metric, found = lost["metric"], []
-        for step in self._steps():
-            value = read_json(self.path_of(step) / MANIFEST).get("metrics", {}).get(metric)
-            if isinstance(value, int | float) and self._is_whole(self.path_of(step)):
-                found.append((value if metric == "loss" else -value, step, value))
-        log.warning(
-            "the best checkpoint (step %s) is lost; %s",
-            lost["step"],
-            "the next best takes its place" if found else "no other has a score",
-        )
-        _, step, value = min(found, default=(0, None, None))
-        return None if step is None else {"step": step, "metric": metric, "value": value}
+        trainer = read_state(source, "trainer_state")
+        for text in manifests.changes(trainer["identity"], self.identity, self.allow_change, folder):
+            log.warning("changed on resume, as allowed: %s", text)
+        parts = {name: read_state(source, name) for name in ("optimizer", "scheduler", "scaler")}
+        own = f"rng-rank{self.ranks.rank}"
+        same_ranks = trainer["identity"].get("world_size", self.ranks.world_size) == self.ranks.world_size
+        rng = read_state(source, own) if same_ranks or (source / f"{own}.json").exists() else None
+        return EngineState(position=trainer["position"], best=trainer["best"], rng=rng, **parts)
 
 
-class HostCopies:
-    """Copies of tensors in host memory, whose buffers are kept from save to save.
-
-    From a GPU they are pinned: the copy then runs at the speed of the bus. Tensors that share memory (tied
-    embeddings) share their copy too, so that whoever writes them still sees that they are one.
-    """
-
-    def __init__(self) -> None:
-        self._buffers: dict[tuple[str, str], Tensor] = {}
-
-    def take(self, kind: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A snapshot of `tensors`; the one before of the same kind is overwritten."""
-        import torch
-
-        copies, seen, on_gpu = {}, {}, False
-        for name, tensor in tensors.items():
-            identity = (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
-            if identity in seen and tensor.numel():
-                copies[name] = copies[seen[identity]]
-                continue
-            seen[identity], on_gpu = name, on_gpu or tensor.is_cuda
-            buffer = self._buffer(kind, name, tensor)
-            copies[name] = buffer.copy_(tensor.detach(), non_blocking=True)
-        if on_gpu:
-            torch.cuda.synchronize()
-        return copies
-
-    def _buffer(self, kind: str, name: str, tensor: Tensor) -> Tensor:
-        import torch
-
-        buffer = self._buffers.get((kind, name))
-        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-            self._buffers[(kind, name)] = buffer
-        return buffer
-
-
-def _set_aside(path: Path, kind: str) -> Path:
-    """Take a folder out of the way without deleting it; of damaged ones only the newest two are kept."""
-    aside = path.with_name(f".{kind}-{path.name}-{secrets.token_hex(4)}")
-    path.rename(aside)
-    old = sorted(path.parent.glob(".bad-checkpoint-*"), key=lambda entry: entry.lstat().st_mtime)
-    for entry in old[:-2]:
-        shutil.rmtree(entry, ignore_errors=True)
-    return aside
-
-
-def _remove(folder: Path) -> None:
-    """Delete a checkpoint; it loses its name first, so that a half-deleted one is never taken for whole."""
-    trash = folder.with_name(f".trash-{folder.name}-{secrets.token_hex(4)}")
+@contextmanager
+def refusing(folder: Path) -> Iterator[None]:
+    """While a checkpoint's contents are put in place: whatever does not fit is the checkpoint's fault, E5.8."""
     try:
-        folder.rename(trash)
-        _reached("trash-renamed", trash)
-        shutil.rmtree(trash)
-        _reached("trash-removed", trash)
-    except OSError as error:
-        log.warning("could not remove %s (%s); trying again after the next save", folder.name, error)
-
-
-def _remove_leftovers(run_dir: Path, kinds: Sequence[str]) -> None:
-    for path in run_dir.iterdir():
-        match = _LEFTOVER.fullmatch(path.name)
-        if match and match[1] in kinds and path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
+        yield
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, RuntimeError) as error:
+        text = " ".join(str(error).split())[:200]
+        raise EngineError(
+            "E5.8",
+            f"the checkpoint does not fit this run: {type(error).__name__}: {text}",
+            str(folder),
+            "nothing was changed",
+            "resume with the recipe and the versions that wrote it, or start a new run",
+        ) from error

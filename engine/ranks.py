@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import EngineError
+from engine.outcomes import classify
 
 if TYPE_CHECKING:
     import torch
@@ -263,10 +264,7 @@ class _Pulse:
 
 def as_engine_error(error: BaseException, rank: int | None = None) -> EngineError:
     """Any exception in the form that ranks exchange; `owner` remembers who had it."""
-    if not isinstance(error, EngineError):
-        from engine.runtime import classify
-
-        error = classify(error)
+    error = classify(error)
     if getattr(error, "owner", None) is None:
         error.owner = rank
     return error
