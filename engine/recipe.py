@@ -265,12 +265,16 @@ class Recipe(Section):
 
         Keys below a dictionary (`model.config.d_model`) have origins of their own.
         """
-        return self._layer(key)[1]
+        return self._origins.get(self._known(key), (0, "default"))[1]
 
-    def _layer(self, key: str) -> tuple[int, str]:
+    def layer(self, key: str) -> int:
+        """Rank of the layer that set `section.key`; 0 for defaults, larger numbers win."""
+        return self._origins.get(self._known(key), (0, "default"))[0]
+
+    def _known(self, key: str) -> str:
         while key not in self._origins and key.count(".") > 1:
             key = key.rpartition(".")[0]
-        return self._origins.get(key, (0, "default"))
+        return key
 
     def __eq__(self, other: object) -> bool:
         """Recipes are equal when all values are, wherever they came from."""

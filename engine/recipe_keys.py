@@ -11,7 +11,7 @@ from engine.recipe import SECTIONS
 _THEIRS = {
     "experiment.name": "run_name exp_name experiment_name",
     "experiment.output_dir": "out_dir output save_dir",
-    "model.name_or_path": "model_name_or_path base_model model_name checkpoint_dir pretrained_model_name_or_path model_path model_id",
+    "model.name_or_path": "model_name_or_path base_model model_name checkpoint_dir pretrained_model model_id",
     "model.attn_implementation": "attn_impl flash_attn flash_attention",
     "tokenizer.name_or_path": "tokenizer_name tokenizer_name_or_path tokenizer_path",
     "tokenizer.added_tokens": "special_tokens additional_special_tokens add_special_tokens new_tokens",
@@ -28,12 +28,12 @@ _THEIRS = {
     "lora.use_rslora": "peft_use_rslora rslora",
     "lora.modules_to_save": "additional_target lora_modules_to_save",
     "data.train_file": "train_path train_data data_path dataset datasets train_csv",
-    "data.validation_file": "dev_file val_file valid_file eval_file dev_path val_path val_data dev_data validation_path",
+    "data.validation_file": "dev_file val_file valid_file eval_file dev_path val_path val_data dev_data",
     "data.test_file": "test_path test_data predict_file",
     "data.text_column": "dialogue_column source_column input_column",
     "data.summary_column": "target_column label_column reference_column",
     "data.id_column": "fname_column",
-    "data.max_source_length": "encoder_max_len max_input_length cutoff_len sequence_len max_seq_length max_seq_len max_length",
+    "data.max_source_length": "encoder_max_len max_input_length cutoff_len sequence_len max_seq_length max_seq_len",
     "data.max_target_length": "decoder_max_len max_output_length max_summary_length",
     "data.max_train_samples": "max_samples num_train_samples",
     "data.max_validation_samples": "max_eval_samples",
@@ -53,7 +53,7 @@ _THEIRS = {
     "training.optim": "optimizer optimizer_type optimizer_name",
     "training.max_grad_norm": "clip_grad_norm max_norm gradient_clip_val grad_clip gradient_clipping",
     "training.precision": "bf16 fp16 dtype torch_dtype use_bf16 use_fp16 mixed_precision amp",
-    "training.gradient_checkpointing": "enable_activation_checkpointing disable_gradient_checkpointing activation_checkpointing",
+    "training.gradient_checkpointing": "enable_activation_checkpointing activation_checkpointing use_reentrant",
     "training.label_smoothing": "label_smoothing_factor",
     "training.early_stopping_patience": "patience early_stopping_steps",
     "training.early_stopping_threshold": "min_delta",
@@ -112,11 +112,11 @@ def suggest(section: str | None, key: str) -> str:
     names = list(SECTIONS[section].model_fields) if section in SECTIONS else []
     if bare in names:
         return f"; did you mean {section}.{bare}?"
+    if bare in CANONICAL:
+        return f"; did you mean {CANONICAL[bare]}?"
     close = difflib.get_close_matches(bare, names, n=1, cutoff=0.8)
     if close:
         return f"; did you mean {section}.{close[0]}?"
-    if bare in CANONICAL:
-        return f"; did you mean {CANONICAL[bare]}?"
     if bare in _owners():
         return f"; did you mean {' or '.join(_owners()[bare])}?"
     close = difflib.get_close_matches(bare, [*names, *_owners(), *CANONICAL], n=1, cutoff=0.7)
@@ -130,8 +130,9 @@ def suggest(section: str | None, key: str) -> str:
 
 def suggest_section(name: str) -> str:
     """A hint for an unknown top-level name: a section's, or the section that a bare key belongs to."""
-    close = difflib.get_close_matches(name.lower(), SECTIONS, n=1, cutoff=0.7)
-    hint = "" if close else suggest(None, name)
-    if hint:
-        return hint
-    return f"; did you mean {close[0]}?" if close else f"; the sections are {', '.join(SECTIONS)}"
+    bare = name.lower().replace("-", "_")
+    exact = bare in CANONICAL or bare in _owners() or bare in NOT_NEEDED
+    close = difflib.get_close_matches(bare, SECTIONS, n=1, cutoff=0.65)
+    if close and not exact:
+        return f"; did you mean {close[0]}?"
+    return suggest(None, name) or f"; the sections are {', '.join(SECTIONS)}"

@@ -1,7 +1,7 @@
-"""Read recipes: YAML with `base:`, overrides, the origin of every value, all errors at once; and write them out again.
+"""Read recipes: YAML with `base:`, overrides, the origin of every value, all errors at once.
 
-Layers, later ones win: defaults, base files in order, the recipe, `--debug`, the command line. Sections merge key by key,
-dictionaries (`model.config`) merge too, lists are replaced.
+Layers, later ones win: defaults, base files in order, the recipe, `--debug`, the command line. Sections merge key by
+key, dictionaries (`model.config`) merge too, lists are replaced.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import difflib
 import math
 import os
 import types
-import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,10 +18,13 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import ValidationError
 
 from engine import recipe_yaml
-from engine.errors import EngineError, redact
+from engine.errors import EngineError
 from engine.recipe import LARGEST, SECTIONS, Recipe, admits, field_of
 from engine.recipe_checks import findings
 from engine.recipe_keys import suggest, suggest_section
+from engine.recipe_writer import dump, print_recipe
+
+__all__ = ["dump", "expected", "load_recipe", "print_recipe", "with_overrides"]
 
 MAX_BYTES = 1 << 20
 MAX_BASES = 16
@@ -30,9 +32,6 @@ SHOWN_PROBLEMS = 50
 DEBUG_RECIPE = Path(__file__).resolve().parent.parent / "recipes" / "base" / "debug.yaml"
 COMMAND_LINE = "command line"
 NOTHING_STARTED = "nothing was started"
-# Values under these keys of model.config never reach a dump.
-_SECRET_KEYS = {"token", "auth_token", "access_token", "use_auth_token", "hf_token", "password", "secret", "api_key"}
-
 Overrides = Iterable[str] | Mapping[str, Any]
 Key = tuple[str, ...]
 
@@ -58,7 +57,7 @@ def load_recipe(path: str | os.PathLike[str], overrides: Overrides = (), *, debu
 
     Args:
         path: a YAML file.
-        overrides: "section.key=value" strings as on the command line, or a mapping ({"training.max_steps": 3} or nested).
+        overrides: "section.key=value" strings as on the command line, or a mapping, flat or nested.
         debug: lay recipes/base/debug.yaml over the recipe, below the overrides.
 
     Raises:
@@ -79,22 +78,15 @@ def with_overrides(recipe: Recipe, overrides: Overrides, sections: tuple[str, ..
     `generation.*` of a recipe whose training files need not exist any more.
     """
     problems: list[str] = []
-    below = Layer(recipe.model_dump(), {tuple(key.split(".")): where for key, (_, where) in recipe._origins.items()})
+    below = Layer(recipe.model_dump())
+    for section, keys in below.values.items():
+        below.origins |= {(section, key): recipe.origin(f"{section}.{key}") for key in keys}
+    below.origins |= {tuple(key.split(".")): where for key, (_, where) in recipe._origins.items()}
     above = _override_layer(overrides, problems)
     for section in above.values:
         if sections and section in SECTIONS and section not in sections:
             problems.append(f"{COMMAND_LINE}: {section}.* cannot be changed here, only {', '.join(sections)}.*")
     return _build([below, above], problems, sections)
-
-
-def dump(recipe: Recipe) -> str:
-    """The resolved recipe as YAML that stands alone: no `base:`, every key, no secrets."""
-    return _render(recipe, origins=False)
-
-
-def print_recipe(recipe: Recipe) -> str:
-    """As `dump`, with the origin of each value beside it: what --print-recipe prints."""
-    return _render(recipe, origins=True)
 
 
 # --- reading files ---------------------------------------------------------------------------------------------------
@@ -103,12 +95,14 @@ def print_recipe(recipe: Recipe) -> str:
 def _label(path: Path) -> str:
     """The path as a person would write it from here."""
     try:
-        return str(path.resolve().relative_to(Path.cwd()))
+        text = str(path.resolve().relative_to(Path.cwd()))
     except (ValueError, OSError):
-        return str(path)
+        text = str(path)
+    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def _unreadable(where: str, what: str, hint: str = "") -> EngineError:
+    where = where if len(where) <= 300 else "..." + where[-297:]
     return EngineError("E2.1", f"{where}: {what}", "", NOTHING_STARTED, hint)
 
 
@@ -117,16 +111,16 @@ def _read_text(path: Path, named_by: str) -> str:
     where = named_by or str(path)
     shown = f"base {path}" if named_by else "the recipe"
     try:
+        if "\0" in str(path):
+            raise _unreadable("recipe", "the path holds a NUL character")
         if not path.exists():
             raise _unreadable(where, f"{shown} does not exist", "ls recipes/*.yaml")
         if not path.is_file():
             raise _unreadable(where, f"{shown} is not a regular file")
         with path.open("rb") as handle:
             raw = handle.read(MAX_BYTES + 1)
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise _unreadable(
-            where.replace("\0", "\\0"), f"{shown} cannot be read: {getattr(error, 'strerror', error)}"
-        ) from None
+    except OSError as error:
+        raise _unreadable(where, f"{shown} cannot be read: {error.strerror}") from None
     if len(raw) > MAX_BYTES:
         raise _unreadable(where, f"{shown} is larger than {MAX_BYTES} bytes, which is no recipe")
     try:
@@ -180,12 +174,12 @@ def _override_layer(overrides: Overrides, problems: list[str]) -> Layer:
     pairs = _from_mapping(overrides, problems) if isinstance(overrides, Mapping) else _from_strings(overrides, problems)
     seen: set[Key] = set()
     for path, value in pairs:
-        if path in seen:
+        if any(path[: len(other)] == other[: len(path)] for other in seen):
             problems.append(f"{COMMAND_LINE}: {'.'.join(path)} is given twice; one of the values would be dropped")
             continue
         seen.add(path)
         _put(layer.values, path, value)
-        layer.origins[path] = COMMAND_LINE
+        layer.origins |= {path[:depth]: COMMAND_LINE for depth in range(1, len(path) + 1)}
     return layer
 
 
@@ -242,19 +236,35 @@ def _put(values: dict[str, Any], path: Key, value: Any) -> None:
         inner = values.get(part)
         values[part] = inner = dict(inner) if isinstance(inner, dict) else {}
         values = inner
-    old = values.get(path[-1])
-    values[path[-1]] = _deep_merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    values[path[-1]] = value
 
 
 # --- merging and checking --------------------------------------------------------------------------------------------
 
 
-def _deep_merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(below)
-    for key, value in above.items():
-        old = merged.get(key)
-        merged[key] = _deep_merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-    return merged
+@dataclass
+class _Note:
+    """Where origins are written down while a layer is merged."""
+
+    origins: dict[str, tuple[int, str]]
+    layer: Layer
+    rank: int
+
+    def replaced(self, path: Key) -> None:
+        name = ".".join(path)
+        for below in [key for key in self.origins if key.startswith(name + ".")]:
+            del self.origins[below]
+        self.origins[name] = (self.rank, self.layer.origin(path))
+
+
+def _merge(old: Any, new: Any, path: Key, note: _Note) -> Any:
+    """`new` over `old`: dictionaries key by key, everything else replaced."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        note.replaced(path)
+        old = {}
+    if not isinstance(new, dict):
+        return new
+    return old | {key: _merge(old.get(key), item, (*path, key), note) for key, item in new.items()}
 
 
 def _build(layers: list[Layer], problems: list[str], sections: tuple[str, ...] = ()) -> Recipe:
@@ -263,10 +273,8 @@ def _build(layers: list[Layer], problems: list[str], sections: tuple[str, ...] =
     origins: dict[str, tuple[int, str]] = {}
     for rank, layer in enumerate(layers, start=1):
         for section, key, value in _known(layer, problems):
-            old = merged[section].get(key)
-            both = isinstance(old, dict) and isinstance(value, dict)
-            merged[section][key] = _deep_merge(old, value) if both else value
-            _note_origins(origins, layer, rank, (section, key), value, fresh=not both)
+            note = _Note(origins, layer, rank)
+            merged[section][key] = _merge(merged[section].get(key), value, (section, key), note)
     bad: set[str] = set()
     recipe = Recipe(**{name: _section(name, values, origins, problems, bad) for name, values in merged.items()})
     recipe._origins = origins
@@ -281,11 +289,11 @@ def _build(layers: list[Layer], problems: list[str], sections: tuple[str, ...] =
     return recipe
 
 
-def _blame(recipe: Recipe, keys: tuple[str, ...], layers: list[Layer]) -> str:
-    """Where a broken rule is best mended: at the latest of its keys; a missing value blames the recipe as a whole."""
-    rank, where = max(recipe._layer(key) for key in keys)
-    if rank:
-        return where
+def _blame(recipe: Recipe, keys: list[str], layers: list[Layer]) -> str:
+    """Where a broken rule is best mended: at the latest of its keys. A missing value blames the recipe as a whole."""
+    latest = max(keys, key=recipe.layer)
+    if recipe.layer(latest):
+        return recipe.origin(latest)
     files = [origin.rpartition(":")[0] for layer in layers for origin in layer.origins.values() if ":" in origin]
     return files[-1] if files else "recipe"
 
@@ -293,7 +301,7 @@ def _blame(recipe: Recipe, keys: tuple[str, ...], layers: list[Layer]) -> str:
 def _known(layer: Layer, problems: list[str]) -> Iterator[tuple[str, str, Any]]:
     """The (section, key, value) triples of a layer that the schema knows; the rest becomes problems."""
     for section, values in layer.values.items():
-        where = layer.origin((section,)) or COMMAND_LINE
+        where = layer.origin((section,))
         if section not in SECTIONS:
             if section == "base" and where == COMMAND_LINE:
                 problems.append(f"{where}: base: belongs into a recipe file")
@@ -309,10 +317,8 @@ def _known_keys(
     layer: Layer, section: str, values: dict[str, Any], problems: list[str]
 ) -> Iterator[tuple[str, str, Any]]:
     for key, value in values.items():
-        where = layer.origin((section, key)) or COMMAND_LINE
+        where = layer.origin((section, key))
         if key not in SECTIONS[section].model_fields:
-            inner = next((path for path in layer.origins if path[:2] == (section, key)), (section, key))
-            where = layer.origins.get((section, key)) or layer.origins.get(inner) or where
             problems.append(f"{where}: {section}.{_shown(key)[1:-1]} is not a key of {section}{suggest(section, key)}")
         elif (fault := _unfit(value)) is not None:
             problems.append(f"{where}: {section}.{key} {fault}")
@@ -333,24 +339,8 @@ def _unfit(value: Any) -> str | None:
     return None if value is None or isinstance(value, (bool, int)) else f"cannot hold a {type(value).__name__}"
 
 
-def _note_origins(
-    origins: dict[str, tuple[int, str]], layer: Layer, rank: int, path: Key, value: Any, fresh: bool
-) -> None:
-    """Record where a key, and each key of a dictionary below it, was set."""
-    name = ".".join(path)
-    if fresh:
-        for below in [key for key in origins if key.startswith(name + ".")]:
-            del origins[below]
-    if layer.origin(path) or fresh:
-        inner = next((where for key, where in layer.origins.items() if key[: len(path)] == path), COMMAND_LINE)
-        origins[name] = (rank, layer.origin(path) if path in layer.origins else inner)
-    if isinstance(value, dict):
-        for key, item in value.items():
-            _note_origins(origins, layer, rank, (*path, key), item, fresh=not isinstance(item, dict))
-
-
 def _section(name: str, values: dict[str, Any], origins: dict, problems: list[str], bad: set[str]) -> Any:
-    """The typed section; keys with wrong values are reported and fall back to their defaults for the rest of the checks."""
+    """The typed section. Keys with wrong values are reported and stand at their defaults for the other checks."""
     try:
         return SECTIONS[name](**values)
     except ValidationError as error:
@@ -427,47 +417,3 @@ def _shown(value: Any) -> str:
 
 def _cut(text: str) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-# --- writing ---------------------------------------------------------------------------------------------------------
-
-
-def _render(recipe: Recipe, origins: bool) -> str:
-    """YAML lines, section by section, with origins as comments in one column where the lines are short enough."""
-    rows: list[tuple[str, str]] = []
-    for section, values in recipe.model_dump().items():
-        rows.append((f"{section}:", ""))
-        for key, value in values.items():
-            rows += _rows(recipe, (section, key), value)
-    width = max(_columns(text) for text, _ in rows if _columns(text) <= 60)
-    lines = [
-        f"{text}{' ' * (width - _columns(text))}  # {where}" if origins and where else text for text, where in rows
-    ]
-    head = "# Resolved recipe; beside each value where it comes from.\n" if origins else "# Resolved recipe.\n"
-    return head + "\n".join(lines) + "\n"
-
-
-def _columns(text: str) -> int:
-    """Width on a terminal, where Hangul takes two columns."""
-    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
-
-
-def _rows(recipe: Recipe, path: Key, value: Any) -> list[tuple[str, str]]:
-    indent = "  " * (len(path) - 1) + recipe_yaml.key_text(path[-1]) + ":"
-    where = recipe.origin(".".join(path))
-    if path[-1].lower() in _SECRET_KEYS and isinstance(value, str):
-        value = "[redacted]"
-    value = _redacted(value)
-    if isinstance(value, dict) and value:
-        return [(indent, where), *(row for key in value for row in _rows(recipe, (*path, key), value[key]))]
-    line = f"{indent} {recipe_yaml.flow(value)}"
-    if isinstance(value, list) and len(line) > 100:
-        spaces = "  " * len(path)
-        return [(indent, where), *((f"{spaces}- {recipe_yaml.flow(item)}", "") for item in value)]
-    return [(line, where)]
-
-
-def _redacted(value: Any) -> Any:
-    if isinstance(value, str):
-        return redact(value)
-    return [_redacted(item) for item in value] if isinstance(value, list) else value

@@ -1,8 +1,8 @@
 """YAML for recipes, in and out: a small, strict part of YAML 1.2, built on PyYAML's parser events.
 
-PyYAML's constructors are never called, so no tag can build an object. What users trip over is decided here: `1e-5` and `1e5`
-are numbers, `no` and `12:30` are text, `010` is not eight, a key given twice is an error, and so are anchors, aliases, merge
-keys and tags, with which 1 KiB of YAML can describe gigabytes.
+PyYAML's constructors are never called, so no tag can build an object. What users trip over is decided here: `1e-5` and
+`1e5` are numbers, `no` and `12:30` are text, `010` is not eight, a key given twice is an error, and so are anchors,
+aliases, merge keys and tags, with which 1 KiB of YAML can describe gigabytes.
 """
 
 from __future__ import annotations
@@ -85,7 +85,8 @@ def _syntax_error(error: yaml.YAMLError, text: str) -> tuple[int, str]:
     mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
     if mark is not None:
         problem = getattr(error, "problem", None) or getattr(error, "context", None) or "syntax error"
-        return mark.line + 1, f"is not valid YAML at column {mark.column + 1}: {problem}"
+        last = max(1, text.count("\n") + (not text.endswith("\n")))  # PyYAML counts the end as a line of its own
+        return min(mark.line + 1, last), f"is not valid YAML at column {mark.column + 1}: {problem}"
     position = getattr(error, "position", 0)
     character = getattr(error, "character", "")
     name = f"character {character!r}" if isinstance(character, str) else f"character U+{character:04X}"
@@ -124,7 +125,7 @@ def _mapping(events: Any, document: Document, path: Path) -> dict[str, Any]:
             _node(next(events), events, document, (*path, "?"))
             continue
         key, line = event.value, _line(event)
-        if key == "<<":
+        if key == "<<" and event.style is None:
             document.problems.append((line, "merge key << is refused; use base:"))
         if key in values:
             where = ".".join((*path, key))
@@ -160,10 +161,5 @@ def flow(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(flow(item) for item in value) + "]"
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{key_text(key)}: {flow(item)}" for key, item in value.items()) + "}"
+        return "{" + ", ".join(f"{scalar(key)}: {flow(item)}" for key, item in value.items()) + "}"
     return scalar(value)
-
-
-def key_text(key: str) -> str:
-    """A key as YAML; keys are text whatever they look like."""
-    return key if _PLAIN.match(key) and key == key.strip() and key != "<<" else _quoted(key)

@@ -1,4 +1,4 @@
-"""Every test runs offline, on few threads and from a fixed seed; real data is used where it lies beside the checkout."""
+"""Every test runs offline, on few threads and from a fixed seed; real data is used where it is at hand."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ os.environ.update(
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("MKL_NUM_THREADS", "2")
 
-import random  # noqa: E402
+import random
 
-import pytest  # noqa: E402
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
