@@ -1,8 +1,8 @@
 """Which rows make up which update: arithmetic on (seed, epoch, index), so that resuming is arithmetic too.
 
 A window is the rows of one optimizer update over all ranks: micro_batch_size x accumulation_steps x world_size of them,
-and in an epoch's last window whatever remains. Each row occurs once per epoch. Which rows share a window depends on that
-product only, not on its factors: 1 x 8, 4 accumulated x 2 and 2 ranks x 2 accumulated x 2 train on the same windows.
+and in an epoch's last window whatever remains. Each row occurs once per epoch. Which rows share a window depends on
+that product only, not on its factors: 1 x 8, 4 accumulated x 2 and 2 ranks x 2 accumulated x 2 train on the same windows.
 """
 
 from __future__ import annotations
