@@ -201,9 +201,9 @@ class CheckpointStore:
                 name = self._temp.name
                 try:
                     (self._temp / ENGINE_STATE).mkdir(parents=True)
+                    reached("temp-made", self._temp)
                 except OSError as error:
                     raise self._storage_error(error, self._temp) from error
-                reached("temp-made", self._temp)
         return self.run_dir / self.ranks.broadcast(name)
 
     def _write_rank_files(self, folder: Path, state: EngineState) -> dict[str, Any]:

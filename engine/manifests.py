@@ -80,7 +80,8 @@ def hostile(what: str, where: Path) -> EngineError:
 def build_manifest(files: Mapping[str, Any], **facts: Any) -> dict[str, Any]:
     """Contents of `manifest.json`: facts about the run, library versions, and size and sha256 of every file."""
     versions = {name: _version(name) for name in _LIBRARIES} | {"python": platform.python_version()}
-    return {"schema": SCHEMA, **facts, "versions": versions, "files": dict(sorted(files.items()))}
+    manifest = {"schema": SCHEMA, **facts, "versions": versions, "files": dict(sorted(files.items()))}
+    return manifest | {"manifest_sha256": digest_of(manifest)}
 
 
 def _version(name: str) -> str | None:
@@ -103,6 +104,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         shaped = (
             manifest["schema"] == SCHEMA and isinstance(manifest["run_id"], str) and isinstance(manifest["step"], int)
         )
+        rest = {key: value for key, value in manifest.items() if key != "manifest_sha256"}
+        shaped = shaped and manifest["manifest_sha256"] == digest_of(rest)
         shaped = shaped and all(isinstance(e["size"], int) and _SHA256.fullmatch(e["sha256"]) for e in files.values())
     except FileNotFoundError:
         raise DamagedError(f"{MANIFEST} is missing") from None
@@ -176,9 +179,9 @@ def identity_of(recipe: Recipe, **facts: Any) -> dict[str, Any]:
     return {key: value for key, value in sorted(merged.items()) if not _any_match(key, FREE)}
 
 
-def digest_of(identity: Mapping[str, Any]) -> str:
-    """sha256 of an identity."""
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+def digest_of(value: Mapping[str, Any]) -> str:
+    """sha256 of a JSON value, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _any_match(key: str, patterns: Iterable[str]) -> bool:

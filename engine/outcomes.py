@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import threading
@@ -27,6 +28,7 @@ _LOST_PEER = (
     "processgroup",
     "broken pipe",
 )
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG}
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")
 
 
@@ -70,6 +72,14 @@ def classify(error: BaseException, batch: Mapping[str, Tensor] | None = None) ->
             _shapes(batch),
             "checkpoints are untouched",
             "look at the other ranks' output, then --resume auto",
+        )
+    if isinstance(error, OSError) and error.errno in _DISK:
+        return EngineError(
+            "E6.5",
+            f"a write failed: {os.strerror(error.errno)}",
+            str(error.filename or ""),
+            "checkpoints are untouched",
+            "free some space, then --resume auto",
         )
     return EngineError(
         "E1.1",

@@ -143,7 +143,8 @@ class RankGroup:
         try:
             yield
         except Exception as error:
-            self.agree(as_engine_error(error, self.rank), name)
+            if self.world_size > 1:
+                self.agree(as_engine_error(error, self.rank), name)
             raise
         self.agree(None, name)
 
