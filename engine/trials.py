@@ -113,7 +113,9 @@ def comparison(combined: Scored, members: Sequence[Scored], metric: str, seed: i
     """Lines that show what combining is worth: its score, and its gain over each member on the same rows."""
     width = max(len(system.name) for system in (combined, *members))
     own = [row[metric] for row in combined.rows]
-    lines = [f"{'':{width}}  {metric:>10}      95 % interval   gain of combining, 95 % interval    seconds"]
+    lines = [
+        f"{'':{width}}  {metric:>10}  {'95 % interval':>17}  {'gain of combining, 95 % interval':>32}  {'seconds':>9}"
+    ]
     for system in (*members, combined):
         values = [row[metric] for row in system.rows]
         mean, low, high = scoring.bootstrap_interval(values, seed)

@@ -289,11 +289,14 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     two.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     two.set_defaults(run=average)
 
-    args = parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)  # overrides may stand after options, where argparse takes no positionals
+    words = [*getattr(args, "runs", []), *rest]
+    args.overrides = [word for word in words if word.startswith("generation.") and "=" in word]
+    if odd := [word for word in rest if word not in args.overrides] or (args.kind == "mbr" and rest):
+        parser.error(f"unrecognized arguments: {' '.join(odd)}")
     if args.kind == "average":
-        args.overrides = [word for word in args.runs if word.startswith("generation.") and "=" in word]
         args.runs = [word for word in args.runs if word not in args.overrides]
-    if len(args.runs if args.kind == "average" else args.files) < 1 + (args.kind == "average"):
+    if len(args.runs if args.kind == "average" else args.files) < 2:
         parser.error("at least two members")
     return args
 

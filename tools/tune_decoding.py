@@ -91,7 +91,8 @@ class Ledger:
     def __init__(self, path: Path, identity: str) -> None:
         self.path, self.identity = path, identity
         self.known: dict[str, dict[str, Any]] = {}
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        # Not splitlines(): a summary may hold characters that it takes for line ends.
+        for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else ():
             try:
                 entry = json.loads(line)
                 self.known[entry["key"]] = entry["decoding"]
@@ -100,7 +101,8 @@ class Ledger:
 
     def key(self, generation: Any) -> str:
         """Of everything that decides the texts: settings, weights, rows and prompts, precision."""
-        text = json.dumps([self.identity, generation.model_dump(mode="json")], sort_keys=True)
+        idle = {"length_penalty", "early_stopping"} if generation.num_beams == 1 else None  # they only rank beams
+        text = json.dumps([self.identity, generation.model_dump(mode="json", exclude=idle)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def add(self, key: str, decoding: Decoding, changes: dict[str, Any]) -> None:
