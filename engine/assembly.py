@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine import adapters, data, memory, models, optim
+from engine import adapters, data, models, optim, tokenization
 from engine.batching import WindowSampler
 from engine.checkpoints import CheckpointStore, identity_of
 from engine.decoding import Summarizer
@@ -199,7 +199,7 @@ def _store(
     identity = identity_of(
         recipe,
         data=facts,
-        tokenizer=bundle.tokenizer_fingerprint,
+        tokenizer=tokenization.fingerprint(bundle.tokenizer),
         base=bundle.base.to_dict(),
         world_size=runtime.world_size,
     )
@@ -223,6 +223,8 @@ def _resumed_step(found: Path | None, state: TrainerState, folder: RunFolder) ->
 
 def plan(recipe: Recipe, runtime: Runtime) -> dict[str, Any]:
     """The dry run: everything up to the first batch, and what the run would cost."""
+    from engine import memory
+
     splits = read_splits(recipe, runtime)
     estimate = memory.estimate(recipe, world_size=runtime.world_size)
     log.info("%s", memory.table(estimate, runtime.device))

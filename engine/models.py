@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -99,6 +99,8 @@ def build(recipe: Recipe, *, device: torch.device, precision: str) -> ModelBundl
 
 
 def _build(recipe: Recipe, device: torch.device, precision: str) -> ModelBundle:
+    from transformers import GenerationConfig
+
     settings, lora = recipe.model, adapters.enabled(recipe)
     folder = _model_folder(settings)
     adapter = folder if folder is not None and sources.is_adapter(folder) else None
@@ -108,9 +110,9 @@ def _build(recipe: Recipe, device: torch.device, precision: str) -> ModelBundle:
     family = model_config.family(settings.family, config)
     model_config.check_combination(recipe, config, precision)
 
-    tokenizer = _tokenizer(recipe, adapter or folder, family)
+    tokenizer = tokenization.for_recipe(recipe, adapter or folder, family)
     vocabulary_before = len(tokenizer)
-    pieces = _pieces_of_new_tokens(tokenizer, recipe.tokenizer.added_tokens)
+    pieces = tokenization.pieces_of_new_tokens(tokenizer, recipe.tokenizer.added_tokens)
     tokenizer = tokenization.prepare(
         tokenizer,
         recipe.tokenizer.added_tokens,
@@ -122,6 +124,8 @@ def _build(recipe: Recipe, device: torch.device, precision: str) -> ModelBundle:
     base_dtype = adapters.DTYPES[precision] if lora else torch.float32
     if settings.init == "random":
         model = _random_model(config, tokenizer, recipe, base_dtype).to(device)
+        if folder is not None and (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     else:
         four_bit = recipe.quantization.load_in_4bit
         model = weights.load_folder(
@@ -195,78 +199,6 @@ def _base_of_adapter(adapter: Path, settings: Model, lora: bool) -> tuple[Path, 
     folder = sources.resolve(name, revision=revision, trust_remote_code=settings.trust_remote_code)
     _check_base(adapter, folder)
     return folder, base
-
-
-def _tokenizer(recipe: Recipe, model_folder: Path | None, family: str) -> PreTrainedTokenizerFast:
-    """The recipe's tokenizer, or the model's, or one trained on the training file for a random model."""
-    settings = recipe.tokenizer
-    trusted = recipe.model.trust_remote_code
-    if settings.name_or_path is not None:
-        return tokenization.load_tokenizer(sources.resolve(settings.name_or_path, weights=False))
-    if model_folder is not None and _has_tokenizer(model_folder) and not settings.train_vocab_size:
-        return tokenization.load_tokenizer(model_folder, trust_remote_code=trusted)
-    if recipe.model.init != "random":
-        if settings.train_vocab_size:
-            raise EngineError(
-                "E2.50",
-                "a pretrained model keeps its own tokenizer",
-                "tokenizer.train_vocab_size",
-                NOTHING_LOADED,
-                "drop it, or set model.init=random",
-            )
-        return tokenization.load_tokenizer(model_folder, trust_remote_code=trusted)
-    return tokenization.train_tokenizer(
-        _training_texts(recipe),
-        vocabulary_size=settings.train_vocab_size,
-        kind=settings.train_model_type,
-        added_tokens=settings.added_tokens,
-        causal=family == "causal",
-    )
-
-
-def _has_tokenizer(folder: Path) -> bool:
-    return any(
-        (folder / name).is_file()
-        for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-    )
-
-
-def _training_texts(recipe: Recipe) -> Iterator[str]:
-    from engine.data import read_examples
-
-    settings = recipe.data
-    if settings.train_file is None:
-        raise EngineError(
-            "E2.51",
-            "no tokenizer is given and there is no training file to train one on",
-            "tokenizer.name_or_path",
-            "nothing was started",
-            "set data.train_file or tokenizer.name_or_path",
-        )
-    examples = read_examples(
-        settings.train_file,
-        text_column=settings.text_column,
-        summary_column=settings.summary_column,
-        id_column=settings.id_column,
-        topic_column=settings.topic_column,
-        encoding=settings.encoding,
-        require_summary=True,
-        on_bad_row=settings.on_bad_row,
-        max_bad_rows=settings.max_bad_rows,
-    )
-    for example in examples:
-        yield example.dialogue
-        yield example.references[0]
-
-
-def _pieces_of_new_tokens(tokenizer: PreTrainedTokenizerFast, added_tokens: Sequence[str]) -> dict[int, list[int]]:
-    """Id that each missing token will get -> ids of the pieces it has been spelled with until now."""
-    known = tokenizer.get_vocab()
-    missing = list(dict.fromkeys(token for token in added_tokens if token not in known))
-    return {
-        len(tokenizer) + offset: tokenizer.encode(token, add_special_tokens=False)
-        for offset, token in enumerate(missing)
-    }
 
 
 def _random_model(
@@ -419,7 +351,7 @@ def _load_trained(
         _check_base(adapter, base_folder)
     config = model_config.load_config(settings, base_folder)
     family = model_config.family("auto", config)
-    tokenizer = tokenization.load_tokenizer(folder if _has_tokenizer(folder) else base_folder)
+    tokenizer = tokenization.load_tokenizer(folder if tokenization.has_tokenizer(folder) else base_folder)
     tokenization.ensure_end_and_pad(tokenizer, str(folder))
 
     quantization = record.get("quantization")
@@ -515,25 +447,29 @@ def _read_prompt(folder: Path, tokenizer: PreTrainedTokenizerFast) -> tuple[Prom
 # Saving and restoring weights
 
 
-def save_model(bundle: ModelBundle, folder: str | Path) -> None:
-    """Write a model or PEFT adapter folder that Hugging Face classes load without this package. safetensors only."""
+def save_model(bundle: ModelBundle, folder: str | Path, *, state_dict: Mapping[str, Tensor] | None = None) -> None:
+    """Write a model or PEFT adapter folder that Hugging Face classes load without this package. safetensors only.
+
+    Args:
+        state_dict: weights to write in place of the live ones, which may be moving on.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with _quiet_transformers():
-        save_weights(bundle, folder)
+        save_weights(bundle, folder, state_dict)
         bundle.tokenizer.save_pretrained(folder)
     _write_json(folder / PROMPT_FILE, bundle.prompt_record())
 
 
-def save_weights(bundle: ModelBundle, folder: Path) -> None:
+def save_weights(bundle: ModelBundle, folder: Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
     model = unwrap(bundle.model)
     if is_adapted(model):
-        model.save_pretrained(folder, save_embedding_layers=False)
+        model.save_pretrained(folder, save_embedding_layers=False, state_dict=state_dict)
         (folder / "README.md").unlink(missing_ok=True)  # peft's model card has no content of its own
         model.generation_config.save_pretrained(folder)
         _write_json(folder / BASE_FILE, bundle.base.to_dict() | {"quantization": bundle.quantization})
     else:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=state_dict)
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -7,19 +7,24 @@ a special one; and `decode(encode(text)) == text` around added tokens, `#Person1
 from __future__ import annotations
 
 import copy
+import hashlib
 import io
 import json
 import logging
 import tempfile
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engine import sources
 from engine.errors import EngineError
+from engine.sources import NOTHING_LOADED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+    from engine.recipe import Recipe
 
 log = logging.getLogger("engine.models")
 
@@ -28,6 +33,78 @@ SPECIAL_TOKENS = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<s>"
 DEFAULT_VOCABULARY = 8000
 _BYTES = 256  # byte pieces that stand in for characters outside the vocabulary
 _MAX_TRAINING_SENTENCES = 2_000_000
+
+
+def for_recipe(recipe: Recipe, model_folder: Path | None, family: str) -> PreTrainedTokenizerFast:
+    """The recipe's tokenizer, or the model's, or one trained on the training file for a random model."""
+    settings = recipe.tokenizer
+    trusted = recipe.model.trust_remote_code
+    if settings.name_or_path is not None:
+        return load_tokenizer(sources.resolve(settings.name_or_path, weights=False))
+    if model_folder is not None and has_tokenizer(model_folder) and not settings.train_vocab_size:
+        return load_tokenizer(model_folder, trust_remote_code=trusted)
+    if recipe.model.init != "random":
+        if settings.train_vocab_size:
+            raise EngineError(
+                "E2.50",
+                "a pretrained model keeps its own tokenizer",
+                "tokenizer.train_vocab_size",
+                NOTHING_LOADED,
+                "drop it, or set model.init=random",
+            )
+        return load_tokenizer(model_folder, trust_remote_code=trusted)
+    return train_tokenizer(
+        _training_texts(recipe),
+        vocabulary_size=settings.train_vocab_size,
+        kind=settings.train_model_type,
+        added_tokens=settings.added_tokens,
+        causal=family == "causal",
+    )
+
+
+def has_tokenizer(folder: Path) -> bool:
+    return any(
+        (folder / name).is_file()
+        for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+    )
+
+
+def _training_texts(recipe: Recipe) -> Iterator[str]:
+    from engine.data import read_examples
+
+    settings = recipe.data
+    if settings.train_file is None:
+        raise EngineError(
+            "E2.51",
+            "no tokenizer is given and there is no training file to train one on",
+            "tokenizer.name_or_path",
+            "nothing was started",
+            "set data.train_file or tokenizer.name_or_path",
+        )
+    examples = read_examples(
+        settings.train_file,
+        text_column=settings.text_column,
+        summary_column=settings.summary_column,
+        id_column=settings.id_column,
+        topic_column=settings.topic_column,
+        encoding=settings.encoding,
+        require_summary=True,
+        on_bad_row=settings.on_bad_row,
+        max_bad_rows=settings.max_bad_rows,
+    )
+    for example in examples:
+        yield example.dialogue
+        yield example.references[0]
+
+
+def pieces_of_new_tokens(tokenizer: PreTrainedTokenizerFast, added_tokens: Sequence[str]) -> dict[int, list[int]]:
+    """Id that each missing token will get -> ids of the pieces it has been spelled with until now."""
+    known = tokenizer.get_vocab()
+    missing = list(dict.fromkeys(token for token in added_tokens if token not in known))
+    return {
+        len(tokenizer) + offset: tokenizer.encode(token, add_special_tokens=False)
+        for offset, token in enumerate(missing)
+    }
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerFast:
@@ -351,3 +428,10 @@ def _merges(scored: Sequence[tuple[str, float]], ids: dict[str, int]) -> list[tu
         halves.sort(key=lambda pair: (ids[pair[0]], ids[pair[1]]))
         merges += [(-score, pair) for pair in halves]
     return [pair for _, pair in sorted(merges, key=lambda entry: entry[0])]
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
+    """sha256 of everything that decides token ids: vocabulary, merges, added tokens, normalisation, chat template."""
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())
+    parts |= {"truncation": None, "padding": None, "chat_template": tokenizer.chat_template}  # set per call, not fixed
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
