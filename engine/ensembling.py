@@ -19,10 +19,13 @@ from contextlib import ExitStack
 from typing import NamedTuple
 
 import torch
+from transformers.modeling_outputs import BaseModelOutput
 
 from engine import scoring
 from engine.generation import GenerationSettings, Hypothesis, api, modelstate
 from engine.generation.decoder import Prompt, TreeDecoder
+from engine.generation.encoder import encode
+from engine.generation.linears import fast_linears
 from engine.generation.search import ATTENTION_NAME, Decoded, Search, unsupported
 
 
@@ -154,7 +157,10 @@ def generate_together(
         raise ValueError("every model needs its own prompt for every row")
     results: list[list[Hypothesis]] = [[] for _ in prompts[0]]
     with ExitStack() as stack:
-        bases = [_ready(model, stack) for model in models]
+        if vocabulary_mask is not None:
+            vocabulary_mask = vocabulary_mask.to(modelstate.unwrap(models[0]).device)
+        steps = (settings.max_new_tokens or settings.max_length) * len(results)
+        bases = [_ready(model, stack, steps) for model in models]
         _refuse_strangers(bases)
         seq2seq = bases[0].config.is_encoder_decoder
         lengths = [max(len(rows[i]) for rows in prompts) for i in range(len(prompts[0]))]
@@ -172,11 +178,13 @@ def generate_together(
     return results
 
 
-def _ready(model: torch.nn.Module, stack: ExitStack) -> torch.nn.Module:
-    """The transformers model inside wrappers, ours alone and without dropout until the stack is left."""
+def _ready(model: torch.nn.Module, stack: ExitStack, steps: int) -> torch.nn.Module:
+    """The transformers model inside wrappers, ours alone, without dropout and quick until the stack is left."""
     base = modelstate.unwrap(model)
-    for context in (modelstate.exclusive(base), torch.no_grad(), modelstate.evaluation_mode(base)):
-        stack.enter_context(context)
+    stack.enter_context(modelstate.exclusive(base))
+    stack.enter_context(torch.no_grad())
+    stack.enter_context(modelstate.evaluation_mode(base))
+    stack.enter_context(fast_linears(base, steps))
     return base
 
 
@@ -192,6 +200,8 @@ def _refuse_strangers(bases: Sequence[torch.nn.Module]) -> None:
 def _run(base, input_ids, attention_mask, settings: GenerationSettings, search: _TogetherSearch) -> api.Generated:
     prompt_length = 1 if base.config.is_encoder_decoder else input_ids.shape[1]
     arguments = settings.generate_arguments(prompt_length)
+    if base.config.is_encoder_decoder:
+        arguments["encoder_outputs"] = BaseModelOutput(last_hidden_state=encode(base, input_ids, attention_mask))
     decoded = base.generate(
         input_ids=input_ids,
         attention_mask=attention_mask,
@@ -237,10 +247,10 @@ class _TogetherSearch(Search):
         base, (ids, mask) = self.bases[member], self.inputs[member]
         if not base.config.is_encoder_decoder:
             return Prompt(ids, mask)
-        if member == 0:  # `generate` has run this encoder already
+        if member == 0:  # went through `generate`, which copies it for every beam
             states = model_kwargs["encoder_outputs"][0][::copies]
         else:
-            states = base.get_encoder()(input_ids=ids, attention_mask=mask, return_dict=True)[0]
+            states = encode(base, ids, mask)
         return Prompt(start.to(ids.device), mask, None, states)
 
 
