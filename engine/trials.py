@@ -181,6 +181,8 @@ def _read(source: str, recipe: Recipe, labelled: bool, limit: int | None) -> lis
         encoding=data.encoding,
         require_summary=labelled,
         limit=limit,
+        on_bad_row=data.on_bad_row,
+        max_bad_rows=data.max_bad_rows,
     )
     if not examples:
         raise EngineError("E3.41", "no rows", str(source), NOTHING_DONE, "give a file with rows")

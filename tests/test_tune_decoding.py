@@ -284,6 +284,7 @@ def test_average_refuses(make_run, tmp_path):
     out = ["--output", str(tmp_path / "out"), "--no-score"]
     for arguments, code in (
         ([str(run), "--last", "9"], "E5.60"),
+        ([str(tmp_path / "none"), "--last", "2"], "E5.61"),
         ([str(run / "checkpoint-10")], "E2.62"),
         ([str(run / "checkpoint-10"), str(run / "checkpoint-20"), "--weights", "1"], "E2.62"),
         ([str(run / "checkpoint-10"), str(other)], "E4.60"),
@@ -334,6 +335,14 @@ def test_mbr_counts_a_file_once_however_long_its_list(tmp_path):
     output = tmp_path / "o.csv"
     ensemble.main(["mbr", long, short, "--weights", "1", "1.2", "--output", str(output)])
     assert read_csv(output)[0]["summary"] == b
+
+
+def test_mbr_reads_json_lines(tmp_path):
+    path = tmp_path / "n_best.jsonl"
+    rows = [{"fname": 7, "rank": rank, "summary": text} for rank, text in enumerate(["가 나", "가 나", "다"], start=1)]
+    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    ensemble.main(["mbr", str(path), str(path), "--output", str(tmp_path / "o.csv")])
+    assert read_csv(tmp_path / "o.csv") == [{"fname": "7", "summary": "가 나"}]
 
 
 def test_mbr_refusals(tmp_path):

@@ -34,6 +34,8 @@ _NOT_THE_MODEL = {"manifest.json", "averaging.json", "trainer_state.json"}
 
 def last_checkpoints(run: Path, count: int) -> list[Path]:
     """The run's latest finished checkpoints, oldest first. Raises EngineError E5 where there are fewer."""
+    if not run.is_dir():
+        raise EngineError("E5.61", "no such run folder", str(run), NOTHING_WRITTEN, "check the path")
     found = sorted(
         (int(match[1]), folder)
         for folder in run.iterdir()
@@ -151,7 +153,7 @@ def chosen(args: argparse.Namespace) -> tuple[list[Path], Path]:
     from engine.ensembling import normalised
 
     given = [Path(folder) for folder in args.folders]
-    folders = last_checkpoints(given[0], args.last) if args.last and len(given) == 1 and given[0].is_dir() else given
+    folders = last_checkpoints(given[0], args.last) if args.last and len(given) == 1 else given
     problem = None
     if args.last and len(given) > 1:
         problem = "--last wants one run folder"

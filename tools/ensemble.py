@@ -4,7 +4,7 @@
     python tools/ensemble.py mbr PREDICTIONS.csv PREDICTIONS.csv [...] --output FILE [--references dev.csv]
     python tools/ensemble.py average RUN RUN [...] --output FILE [--input test.csv] [generation.num_beams=5 ...]
 
-mbr takes CSV files with ids and texts, from any models; several rows with one id are n-best lists, and share their
+mbr takes CSV or JSONL files with ids and texts, from any models; several rows with one id are n-best lists, and share their
 file's weight. For each id it writes the candidate with the greatest expected ROUGE under all candidates. Nothing is
 decoded, so the texts may come from other dialogue versions (turn subsets) or prompts as well.
 
@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import json
 import sys
 import time
 from collections.abc import Sequence
@@ -56,24 +57,24 @@ def read_predictions(path: Path, id_column: str | None, text_column: str | None)
     """Raises EngineError E3 naming file and row for a missing column or an empty id."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as handle:
+            rows = [json.loads(line) for line in handle if line.strip()] if path.suffix == ".jsonl" else []
             reader = csv.DictReader(handle)
-            rows = list(reader)
-            columns = list(reader.fieldnames or [])
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise EngineError(
-            "E3.50", f"unreadable: {error}", str(path), NOTHING_WRITTEN, "give a UTF-8 CSV file"
-        ) from error
+            rows = rows or list(reader)
+            columns = list(rows[0] if rows else reader.fieldnames or [])
+    except (OSError, ValueError, csv.Error) as error:
+        advice = "give a UTF-8 CSV or JSONL file"
+        raise EngineError("E3.50", f"unreadable: {error}", str(path), NOTHING_WRITTEN, advice) from error
     ids = pick(path, columns, id_column, ID_COLUMNS, "--id-column")
     texts = pick(path, columns, text_column, TEXT_COLUMNS, "--text-column")
     found = Predictions(path, ids, texts, {}, {})
     for number, row in enumerate(rows, start=1):
-        if not row[ids] or row[texts] is None:
+        if not row.get(ids) or not isinstance(row.get(texts), str):
             raise EngineError(
                 "E3.52", "no id or no text cell", f"{path} row {number}", NOTHING_WRITTEN, "repair the row"
             )
-        found.candidates.setdefault(row[ids], []).append(row[texts])
+        found.candidates.setdefault(str(row[ids]), []).append(row[texts])
         if row.get("reference"):
-            found.references[row[ids]] = row["reference"]
+            found.references[str(row[ids])] = row["reference"]
     return found
 
 
