@@ -109,7 +109,7 @@ def rouge_rows(predictions: Sequence[str], references: References, tokenizer: st
 
 
 def rouge(predictions: Sequence[str], references: References, tokenizer: str = "mecab") -> dict[str, float | str]:
-    """Means of `rouge_rows` over the rows, with `rouge_tokenizer` naming the tokens that were counted."""
+    """Means of `rouge_rows` over the rows, with the name and the version of the tokenizer that counted."""
     return mean_scores(rouge_rows(predictions, references, tokenizer), tokenizer)
 
 
@@ -137,7 +137,7 @@ def mean_scores(rows: Sequence[dict[str, float]], tokenizer: str = "mecab") -> d
     means: dict[str, float | str] = {metric: sum(row[metric] for row in rows) / len(rows) for metric in METRICS}
     means["rouge_sum"] = sum(float(means[metric]) for metric in METRICS)
     means["rouge_mean"] = float(means["rouge_sum"]) / len(METRICS)
-    means["rouge_tokenizer"] = tokenizer_id(tokenizer)
+    means["rouge_tokenizer"], means["rouge_tokenizer_version"] = tokenizer, tokenizer_id(tokenizer)
     return means
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from engine.recipe import Recipe
 
-_NOT_SCALARS = {"split", "step", "rouge_tokenizer", "sample_ids_sha256"}
+_NOT_SCALARS = {"split", "step", "rouge_tokenizer", "rouge_tokenizer_version", "sample_ids_sha256"}
 
 
 def strict_json(row: Mapping[str, Any]) -> str:

@@ -39,9 +39,9 @@ def report(run: Path, data: Path) -> list[str]:
     evaluations = dev_evaluations(run)
     best_step = json.loads((run / "best.json").read_text(encoding="utf-8"))["step"]
     best = next(row for row in evaluations if row["step"] == best_step)
-    tokenizer = best["rouge_tokenizer"].split()[0]
+    tokenizer = best["rouge_tokenizer"]
 
-    lines = [f"Dev scores (F1 x 100, tokens: {best['rouge_tokenizer']})", "    step   ROUGE-1  ROUGE-2  ROUGE-L     mean"]
+    lines = [f"Dev scores (F1 x 100, tokens: {best['rouge_tokenizer_version']})", "    step   ROUGE-1  ROUGE-2  ROUGE-L     mean"]
     for row in evaluations:
         scores = "".join(f"{row[key]:9.2f}" for key in ("rouge1", "rouge2", "rougeL", "rouge_mean"))
         lines.append(f"{row['step']:8d} {scores}{'  <- best' if row is best else ''}")
