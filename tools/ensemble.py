@@ -68,7 +68,7 @@ def read_predictions(path: Path, id_column: str | None, text_column: str | None)
     texts = pick(path, columns, text_column, TEXT_COLUMNS, "--text-column")
     found = Predictions(path, ids, texts, {}, {})
     for number, row in enumerate(rows, start=1):
-        if not row.get(ids) or not isinstance(row.get(texts), str):
+        if row.get(ids) in (None, "") or not isinstance(row.get(texts), str):
             raise EngineError(
                 "E3.52", "no id or no text cell", f"{path} row {number}", NOTHING_WRITTEN, "repair the row"
             )
