@@ -29,6 +29,7 @@ from engine import manifests
 from engine.errors import EngineError
 from engine.history import History
 from engine.manifests import MANIFEST, identity_of
+from engine.ranks import as_engine_error
 from engine.snapshots import HostCopies, weights_of
 from engine.storage import (
     fail_points,
@@ -240,7 +241,7 @@ class CheckpointStore:
             self._commit(job)
             path = self.run_dir
             self._publish(job)
-        except Exception as error:
+        except BaseException as error:  # whatever it is, it must not die with the thread
             self._failure = self._storage_error(error, path)
             self._drop_temp()
 
@@ -307,7 +308,7 @@ class CheckpointStore:
                     self._thread.join()
                 self._thread, failure, self._failure = None, self._failure, None
                 if failure is not None:
-                    raise failure
+                    raise failure if isinstance(failure, Exception) else as_engine_error(failure)
         except EngineError as error:
             return self._failed(error)
         self.runtime.status.last_checkpoint = self.history.path_of(step).name
@@ -320,7 +321,7 @@ class CheckpointStore:
             return False
         raise error
 
-    def _storage_error(self, error: Exception, path: Path) -> EngineError | Exception:
+    def _storage_error(self, error: BaseException, path: Path) -> BaseException:
         """A failed write as E6; what is no failed write stays what it is."""
         writes = isinstance(error, OSError | RuntimeError) or type(error).__name__ == "SafetensorError"
         if isinstance(error, EngineError) or not writes:

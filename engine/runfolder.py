@@ -250,7 +250,7 @@ class _Console(logging.Handler):
         lines = [
             part
             for line in text.splitlines()
-            for part in (textwrap.wrap(line, _WIDTH, subsequent_indent="  ", drop_whitespace=False) or [""])
+            for part in (textwrap.wrap(line, _WIDTH, subsequent_indent="  ") or [""])
         ]
         if "tqdm" in sys.modules:
             sys.modules["tqdm"].tqdm.write("\n".join(lines), file=sys.stderr)

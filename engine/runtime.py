@@ -109,6 +109,8 @@ class Runtime(AbstractContextManager):
     def _outcome(self, error: BaseException) -> Outcome:
         outcome = Outcome.of(error, self.batch)
         if outcome.error is None:
+            if outcome.code == errors.STOPPED_UNSAVED:  # ranks that wait for this one would wait in vain
+                self.ranks.report(as_engine_error(EngineError("E76.1", outcome.reason), self.rank))
             return outcome
         first = self.ranks.reported()
         if outcome.code == errors.DISTRIBUTED and first is not None:
