@@ -9,7 +9,6 @@ from __future__ import annotations
 import codecs
 import csv
 import difflib
-import gzip
 import io
 import json
 import logging
@@ -131,20 +130,24 @@ def _load(path: Path) -> tuple[bytes, str | None]:
 
 
 def _decompress(path: Path) -> tuple[bytes, str | None]:
+    """All that can be had of a gzip file of one or more members; the gzip module gives up a whole buffer at a break."""
     content = bytearray()
-    with gzip.open(path) as stream:
-        try:
-            while block := stream.read(1 << 20):
-                content += block
-                if len(content) > _MAX_EXPANDED:
-                    raise EngineError(
-                        "E3.3", "expands to more than 4 GiB", _shown_path(path), SAFE, "decompress it and use the file"
-                    )
-        except gzip.BadGzipFile as error:
-            return bytes(content), str(error)
-        except (EOFError, zlib.error) as error:
-            return bytes(content), str(error)
-    return bytes(content), None
+    member = None
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 16):
+            while block:
+                if member is None or member.eof:
+                    member = zlib.decompressobj(wbits=31)
+                try:
+                    content += member.decompress(block)
+                except zlib.error as error:
+                    return bytes(content), str(error)
+                block = member.unused_data.lstrip(b"\0")
+            if len(content) > _MAX_EXPANDED:
+                raise EngineError(
+                    "E3.3", "expands to more than 4 GiB", _shown_path(path), SAFE, "decompress it and use the file"
+                )
+    return bytes(content), None if member is None or member.eof else "the file ends inside it"
 
 
 def _broken(path: Path, reason: str, last_row: int) -> EngineError:
