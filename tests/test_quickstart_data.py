@@ -80,7 +80,7 @@ def test_turns_are_well_formed(everything):
         turns = row["dialogue"].split("\n")
         assert 5 <= len(turns) <= 9, row["fname"]
         speakers = [re.match(r"#Person(\d)#: \S", turn)[1] for turn in turns]
-        assert all(a != b for a, b in zip(speakers, speakers[1:])), row["fname"]
+        assert all(a != b for a, b in zip(speakers, speakers[1:], strict=False)), row["fname"]
         assert list(dict.fromkeys(speakers)) == sorted(set(speakers)), row["fname"]
         mentioned = set(re.findall(r"#Person(\d)#", row["summary"]))
         assert mentioned and mentioned <= set(speakers), row["fname"]
@@ -105,18 +105,37 @@ def test_many_summaries_need_the_later_of_two_proposals(everything):
 
 
 def test_splits_share_no_dialogue_and_no_fact_set(rows):
-    for key in (lambda r: r["dialogue"], lambda r: re.sub(r"\s", "", r["dialogue"]), lambda r: (r["topic"], r["facts"])):
+    for key in (
+        lambda r: r["dialogue"],
+        lambda r: re.sub(r"\s", "", r["dialogue"]),
+        lambda r: (r["topic"], r["facts"]),
+    ):
         seen = [{key(r) for r in rows[split]} for split in SIZES]
         assert not (seen[0] & seen[1] or seen[0] & seen[2] or seen[1] & seen[2])
     assert len({r["dialogue"] for part in rows.values() for r in part}) == sum(SIZES.values())
 
 
-@pytest.mark.parametrize("word, josa, expected", [
-    ("월요일", "은", "월요일은"), ("오후 3시", "은", "오후 3시는"), ("민수", "이", "민수가"), ("지영", "이", "지영이"),
-    ("운동화", "을", "운동화를"), ("책상", "을", "책상을"), ("이모", "과", "이모와"), ("삼촌", "과", "삼촌과"),
-    ("월요일", "으로", "월요일로"), ("버스", "으로", "버스로"), ("대회의실", "으로", "대회의실로"), ("조용한 방", "으로", "조용한 방으로"),
-    ("오후 3시", "이에요", "오후 3시예요"), ("일인실", "이라", "일인실이라"), ("오후 3시", "이라", "오후 3시라"), ("#Person1#", "은", "#Person1#는"),
-])
+@pytest.mark.parametrize(
+    "word, josa, expected",
+    [
+        ("월요일", "은", "월요일은"),
+        ("오후 3시", "은", "오후 3시는"),
+        ("민수", "이", "민수가"),
+        ("지영", "이", "지영이"),
+        ("운동화", "을", "운동화를"),
+        ("책상", "을", "책상을"),
+        ("이모", "과", "이모와"),
+        ("삼촌", "과", "삼촌과"),
+        ("월요일", "으로", "월요일로"),
+        ("버스", "으로", "버스로"),
+        ("대회의실", "으로", "대회의실로"),
+        ("조용한 방", "으로", "조용한 방으로"),
+        ("오후 3시", "이에요", "오후 3시예요"),
+        ("일인실", "이라", "일인실이라"),
+        ("오후 3시", "이라", "오후 3시라"),
+        ("#Person1#", "은", "#Person1#는"),
+    ],
+)
 def test_particles_follow_the_last_sound(word, josa, expected):
     assert generator.with_josa(word, josa) == expected
 
@@ -129,7 +148,9 @@ def test_particles_of_the_rows_follow_the_last_sound(everything):
     checked = 0
     for row in everything[::5]:
         for word in words:
-            for found in re.finditer(re.escape(word) + r"([은는을를과와])(?=[\s,.?])", row["dialogue"] + "\n" + row["summary"]):
+            for found in re.finditer(
+                re.escape(word) + r"([은는을를과와])(?=[\s,.?])", row["dialogue"] + "\n" + row["summary"]
+            ):
                 for closed, opened in pairs:
                     if found[1] in (closed, opened):
                         assert found[1] == (closed if generator.has_batchim(word) else opened), (row["fname"], found[0])

@@ -780,8 +780,7 @@ def draw_words(scenario: dict, flags: set[str], rng: random.Random) -> dict[str,
 def fill(text: str, words: dict[str, str], speakers: dict[str, str], rng: random.Random) -> str:
     text = re.sub(r"\(([^()]*)\)", lambda m: pick(rng, m[1].split("|")), text)
     text = re.sub(r"\$([ABC])", lambda m: speakers[m[1]], text)
-    text = re.sub(r"\{(\w+)(?::(\w+))?\}",
-                  lambda m: with_josa(words[m[1]], m[2]) if m[2] else words[m[1]], text)
+    text = re.sub(r"\{(\w+)(?::(\w+))?\}", lambda m: with_josa(words[m[1]], m[2]) if m[2] else words[m[1]], text)
     return re.sub(r" +", " ", text).strip()
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Say what a finished quickstart run learnt: scores by evaluation, the lead-2 baseline, facts kept, a few summaries.
 
-    python tools/quickstart_report.py RUN_DIR [--data recipes/quickstart]
+python tools/quickstart_report.py RUN_DIR [--data recipes/quickstart]
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ def first_turns(dialogue: str, turns: int = 2) -> str:
 
 
 def dev_evaluations(run: Path) -> list[dict]:
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines() if line.strip()]
+    rows = [
+        json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines() if line.strip()
+    ]
     return [row for row in rows if row["split"] == "dev" and "rouge_mean" in row]
 
 
@@ -41,7 +43,10 @@ def report(run: Path, data: Path) -> list[str]:
     best = next(row for row in evaluations if row["step"] == best_step)
     tokenizer = best["rouge_tokenizer"]
 
-    lines = [f"Dev scores (F1 x 100, tokens: {best['rouge_tokenizer_version']})", "    step   ROUGE-1  ROUGE-2  ROUGE-L     mean"]
+    lines = [
+        f"Dev scores (F1 x 100, tokens: {best['rouge_tokenizer_version']})",
+        "    step   ROUGE-1  ROUGE-2  ROUGE-L     mean",
+    ]
     for row in evaluations:
         scores = "".join(f"{row[key]:9.2f}" for key in ("rouge1", "rouge2", "rougeL", "rouge_mean"))
         lines.append(f"{row['step']:8d} {scores}{'  <- best' if row is best else ''}")
@@ -60,14 +65,21 @@ def report(run: Path, data: Path) -> list[str]:
 
     tests = sorted((run / "predictions").glob("test-step*.csv"), key=lambda path: path.stat().st_mtime)
     for row in read_csv(tests[-1])[:SAMPLES] if tests else []:
-        lines += ["", row["dialogue"], f"  reference:  {row.get('reference', '')}", f"  prediction: {row['prediction']}"]
+        lines += [
+            "",
+            row["dialogue"],
+            f"  reference:  {row.get('reference', '')}",
+            f"  prediction: {row['prediction']}",
+        ]
     return lines
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Summarise a finished quickstart run.")
     parser.add_argument("run", type=Path, metavar="RUN_DIR")
-    parser.add_argument("--data", type=Path, default=ROOT / "recipes" / "quickstart", help="folder with dev.csv and its facts")
+    parser.add_argument(
+        "--data", type=Path, default=ROOT / "recipes" / "quickstart", help="folder with dev.csv and its facts"
+    )
     arguments = parser.parse_args()
     try:
         lines = report(arguments.run, arguments.data)
