@@ -14,7 +14,7 @@ from typing import Any
 
 from engine.errors import EngineError
 from engine.prompts import normalise
-from engine.reading import SAFE, Record, Table, read_table
+from engine.reading import NUL, SAFE, Record, Table, read_table
 
 log = logging.getLogger("engine.data")
 
@@ -152,11 +152,11 @@ def _place(record: Record, id_column: str | None) -> str:
 
 
 def _report_bad_rows(bad: list[str], file: str, on_bad_row: str, max_bad_rows: int) -> None:
+    count = "1 bad row" if len(bad) == 1 else f"{len(bad)} bad rows"
     if on_bad_row == "skip" and len(bad) <= max_bad_rows:
-        log.warning("%s: dropped %d bad rows: %s", file, len(bad), "; ".join(bad))
+        log.warning("%s: dropped %s: %s", file, count, "; ".join(bad))
         return
     more = f"; and {len(bad) - _SHOWN_ROWS} more" if len(bad) > _SHOWN_ROWS else ""
-    count = "1 bad row" if len(bad) == 1 else f"{len(bad)} bad rows"
     allowed = f", and data.max_bad_rows is {max_bad_rows}" if on_bad_row == "skip" else ""
     raise EngineError(
         "E3.5",
@@ -210,7 +210,7 @@ def _text(values: dict[str, Any], name: str, limit: int) -> str:
         raise _BadRow(f"{name!r} is not text but {type(value).__name__}")
     if len(value) > limit:
         raise _BadRow(f"{name!r} has {len(value):,} characters, more than {limit:,}")
-    if "\x00" in value:
+    if "\x00" in value or NUL in value:
         raise _BadRow(f"{name!r} holds a NUL character")
     _check_encodable(value, name)
     if _is_blank(value):

@@ -25,7 +25,8 @@ log = logging.getLogger("engine.data")
 
 SAFE = "nothing was started"
 FORMATS = (".csv", ".jsonl", ".json", ".parquet")
-_MAX_EXPANDED = 4 * 2**30  # bytes that a compressed file may expand to
+_MAX_EXPANDED = 2**30  # bytes that a compressed file may expand to
+NUL = "\udc00"  # stands for a NUL byte in CSV records: the parser of Python 3.10 refuses the whole file instead
 _FOREIGN = {
     b"\x1f\x8b": "gzip data; end its name in .gz",
     b"PAR1": "parquet; end its name in .parquet",
@@ -145,7 +146,7 @@ def _decompress(path: Path) -> tuple[bytes, str | None]:
                 block = member.unused_data.lstrip(b"\0")
             if len(content) > _MAX_EXPANDED:
                 raise EngineError(
-                    "E3.3", "expands to more than 4 GiB", _shown_path(path), SAFE, "decompress it and use the file"
+                    "E3.3", "expands to more than 1 GiB", _shown_path(path), SAFE, "decompress it and use the file"
                 )
     return bytes(content), None if member is None or member.eof else "the file ends inside it"
 
@@ -225,7 +226,7 @@ def _undecodable(data: bytes, error: UnicodeDecodeError, path: Path) -> EngineEr
 def _csv(text: str, path: Path, broken: str | None) -> Table:
     former = csv.field_size_limit(2**31 - 1)  # the parser's own limit of 131,072 characters gives no row number
     try:
-        return _parse_csv(text, path, broken)
+        return _parse_csv(text.replace("\x00", NUL), path, broken)
     finally:
         csv.field_size_limit(former)
 

@@ -307,7 +307,21 @@ def test_length_report():
     lines = report["text"].splitlines()
     assert len(lines) == 2 and "data.max_source_length=20" in lines[0] and "none is cut" in lines[1]
     assert length_report([made.prompt_feature(example(), 0)], made)["target"] is None
+    assert report["unknown"] == 0.0
     json.dumps(report)
+
+
+def test_text_outside_the_vocabulary_is_reported():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "<pad>": 2, "가": 3}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    names = {"unk_token": "<unk>", "eos_token": "</s>", "pad_token": "<pad>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+    made = TextEncoder(tokenizer, "seq2seq", settings(), 16, 16)
+    report = length_report(encode_all(made, [example("가 가 龘 가", "가 龘 가")]), made)
+    assert report["unknown"] == 0.25 and "25 % of all tokens are unknown" in report["text"]
 
 
 # Batches
