@@ -7,7 +7,9 @@ digits for small updates to add up.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +40,10 @@ TARGET_MODULES = {
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _LAYERNORM_BIAS = 2  # parameters with fewer dimensions are biases and norms
+
+
+# On CPUs bitsandbytes advises an add-on that downloads compiled code; it is not wanted here.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def enabled(recipe: Recipe) -> bool:
@@ -95,6 +101,17 @@ def quantization_config(settings: Quantization, precision: str, device: torch.de
 
 def is_4bit(model: nn.Module) -> bool:
     return any(type(parameter).__name__ == "Params4bit" for parameter in model.parameters())
+
+
+def keep_weights_as_loaded(model: nn.Module) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights at their first use in eval mode on a CPU.
+
+    Its format for CPUs with AVX512-BF16 rounds the scales and stays after the return to training, so that one
+    evaluation would change all later losses; it also fails on layers whose width is not a multiple of the block.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def target_modules(setting: list[str] | str, model: nn.Module) -> list[str] | str:
@@ -155,12 +172,21 @@ def attach(
         revision=revision,
     )
     try:
-        adapted = get_peft_model(model, config)
+        with _quiet_peft():
+            adapted = get_peft_model(model, config)
     except ValueError as error:
         raise EngineError("E2.44", str(error), "lora", "nothing was started", "change the lora section") from error
     for adapter_config in adapted.peft_config.values():
         adapter_config.base_model_name_or_path, adapter_config.revision = base_name, revision
     return finish(adapted, train_rows=settings.train_added_tokens)
+
+
+@contextmanager
+def _quiet_peft() -> Iterator[None]:
+    """peft's warnings are about names that transformers deprecates, not about anything a user did."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
 def finish(model: PeftModel, *, train_rows: bool = True, trainable: bool = True) -> PeftModel:
@@ -265,7 +291,8 @@ def load(model: nn.Module, folder: Path, *, trainable: bool) -> PeftModel:
         if is_4bit(model):
             _quiet_kbit_input_gradients(model)
     try:
-        adapted = PeftModel.from_pretrained(model, folder, is_trainable=trainable, use_safetensors=True)
+        with _quiet_peft():
+            adapted = PeftModel.from_pretrained(model, folder, is_trainable=trainable, use_safetensors=True)
     except (RuntimeError, ValueError, KeyError, OSError) as error:
         what = f"the adapter does not fit its base: {first_line(error)}"
         raise EngineError(
@@ -281,10 +308,16 @@ def adapter_tensors(model: PeftModel) -> dict[str, Tensor]:
     return get_peft_model_state_dict(model, save_embedding_layers=False)
 
 
-def parameter_groups(
-    model: nn.Module, *, learning_rate: float, weight_decay: float, loraplus_lr_ratio: float
+def frozen_rows(model: PeftModel) -> dict[str, Tensor]:
+    """Token rows that are stored with the adapter although they are not trained (`train_added_tokens: false`)."""
+    rows = (item for item in model.named_parameters() if "trainable_tokens_delta" in item[0])
+    return {name: parameter.detach() for name, parameter in rows if not parameter.requires_grad}
+
+
+def loraplus_groups(
+    model: nn.Module, *, learning_rate: float, ratio: float, weight_decay: float
 ) -> list[dict[str, Any]]:
-    """LoRA+: optimizer groups in which B learns `loraplus_lr_ratio` times as fast as A (Hayou et al., 2024).
+    """LoRA+: optimizer groups in which B learns `ratio` times as fast as A (Hayou et al., 2024).
 
     peft's own helper sorts the parameters; rows of added tokens are no LoRA matrices and learn at the base rate.
     """
@@ -294,7 +327,7 @@ def parameter_groups(
         model,
         torch.optim.SGD,
         lr=learning_rate,
-        loraplus_lr_ratio=loraplus_lr_ratio,
+        loraplus_lr_ratio=ratio,
         loraplus_weight_decay=weight_decay,
         loraplus_lr_embedding=learning_rate,
     )

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,7 +48,6 @@ class ModelBundle:
     prompt: PromptSettings
     lengths: dict[str, int]  # max_source_length, max_target_length
     quantization: dict[str, Any] | None = None  # settings of a 4-bit base
-    extras: dict[str, Any] = field(default_factory=dict)
 
     @property
     def generation_config(self) -> GenerationConfig:
@@ -112,13 +111,14 @@ def _build(recipe: Recipe, device: torch.device, precision: str) -> ModelBundle:
 
     tokenizer = tokenization.for_recipe(recipe, adapter or folder, family)
     vocabulary_before = len(tokenizer)
-    pieces = tokenization.pieces_of_new_tokens(tokenizer, recipe.tokenizer.added_tokens)
+    spellings = tokenization.spellings_of_new_tokens(tokenizer, recipe.tokenizer.added_tokens)
     tokenizer = tokenization.prepare(
         tokenizer,
         recipe.tokenizer.added_tokens,
         name=tokenizer.name_or_path or "trained here",
         model_type=config.model_type,
     )
+    pieces = {tokenizer.convert_tokens_to_ids(token): spelled for token, spelled in spellings.items()}
     model_config.align_config(config, tokenizer, family, settings)
 
     base_dtype = adapters.DTYPES[precision] if lora else torch.float32
@@ -149,7 +149,7 @@ def _build(recipe: Recipe, device: torch.device, precision: str) -> ModelBundle:
 
     from engine.prompts import PromptSettings
 
-    bundle = ModelBundle(
+    return ModelBundle(
         model=model,
         tokenizer=tokenizer,
         family=family,
@@ -162,7 +162,6 @@ def _build(recipe: Recipe, device: torch.device, precision: str) -> ModelBundle:
         },
         quantization=recipe.quantization.model_dump() if recipe.quantization.load_in_4bit else None,
     )
-    return bundle
 
 
 def _model_folder(settings: Model) -> Path | None:
@@ -224,7 +223,9 @@ def _with_adapters(
     model: nn.Module, recipe: Recipe, adapter: Path | None, new_ids: list[int], base: BaseIdentity, folder: Path | None
 ) -> nn.Module:
     if adapter is not None:
-        return adapters.load(model, adapter, trainable=True)
+        adapted = adapters.load(model, adapter, trainable=True)
+        load_weights(adapted, adapter)  # peft reads token rows in the base's type; training goes on from the exact ones
+        return adapted
     name = str(folder.resolve()) if folder is not None and Path(base.name).expanduser().is_dir() else base.name
     return adapters.attach(model, recipe.lora, new_token_ids=new_ids, base_name=name, revision=base.revision)
 
@@ -464,6 +465,8 @@ def save_model(bundle: ModelBundle, folder: str | Path, *, state_dict: Mapping[s
 def save_weights(bundle: ModelBundle, folder: Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
     model = unwrap(bundle.model)
     if is_adapted(model):
+        if state_dict is not None:
+            state_dict = adapters.frozen_rows(model) | dict(state_dict)
         model.save_pretrained(folder, save_embedding_layers=False, state_dict=state_dict)
         (folder / "README.md").unlink(missing_ok=True)  # peft's model card has no content of its own
         model.generation_config.save_pretrained(folder)

@@ -97,14 +97,10 @@ def _training_texts(recipe: Recipe) -> Iterator[str]:
         yield example.references[0]
 
 
-def pieces_of_new_tokens(tokenizer: PreTrainedTokenizerFast, added_tokens: Sequence[str]) -> dict[int, list[int]]:
-    """Id that each missing token will get -> ids of the pieces it has been spelled with until now."""
+def spellings_of_new_tokens(tokenizer: PreTrainedTokenizerFast, added_tokens: Sequence[str]) -> dict[str, list[int]]:
+    """Each token that is missing from the vocabulary -> ids of the pieces it has been spelled with until now."""
     known = tokenizer.get_vocab()
-    missing = list(dict.fromkeys(token for token in added_tokens if token not in known))
-    return {
-        len(tokenizer) + offset: tokenizer.encode(token, add_special_tokens=False)
-        for offset, token in enumerate(missing)
-    }
+    return {token: tokenizer.encode(token, add_special_tokens=False) for token in added_tokens if token not in known}
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerFast:

@@ -71,6 +71,8 @@ def load_folder(
         raise EngineError(
             "E4.8", what, str(folder), NOTHING_LOADED, "check the folder, or download it again"
         ) from error
+    if quantization is not None:
+        adapters.keep_weights_as_loaded(model)
     missing = sorted(info["missing_keys"])
     if missing:
         names = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
