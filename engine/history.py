@@ -227,6 +227,7 @@ class History:
         if best is None:
             (self.run_dir / "best.json").unlink(missing_ok=True)
         self.set_best(best)
+        self.rotate()  # the save that was killed may have been just about to
 
     def _next_best(self, lost: dict[str, Any]) -> dict[str, Any] | None:
         """The best whole checkpoint by the metrics of the manifests, after the one pointed at was lost."""

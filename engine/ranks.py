@@ -11,6 +11,7 @@ two things: whether some rank has reported a failure, and whether the silent one
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -49,8 +50,11 @@ class RankGroup:
         self.hurried: Callable[[], bool] = lambda: (
             False
         )  # this process was told to stop: do not wait long for silent ranks
+        self._asked: float | None = None  # when the heartbeat in flight asked the store
+        self.store_is_dead: Callable[[str], None] = lambda reason: None
         if world_size > 1:
-            threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
+            for task in (self._beat, self._guard_store):
+                threading.Thread(target=task, name=task.__name__, daemon=True).start()
 
     @property
     def is_main(self) -> bool:
@@ -225,13 +229,40 @@ class RankGroup:
         pause = max(0.2, min(1.0, self.timeout / 5))
         while not self._stop_beating.is_set():
             try:
+                self._asked = time.monotonic()
                 self._store.add(f"beat/{self.rank}", 1)
             except Exception:
                 return  # the store is gone; whoever waits on it will say so
+            finally:
+                self._asked = None
             self._stop_beating.wait(pause)
+
+    def leave(self, patience: float) -> None:
+        """Last words before this process ends. Rank 0 goes last, within reason, if the store would die with it."""
+        if self.world_size == 1:
+            return
+        deadline = time.monotonic() + patience
+        try:
+            self._store.set(f"gone/{self.rank}", "1")
+            others = [f"gone/{rank}" for rank in range(1, self.world_size)]
+            hosting = self.is_main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+            while hosting and time.monotonic() < deadline and not self._store.check(others):
+                time.sleep(0.01)
+        except Exception:
+            return  # the store went first; there is nobody left to wait for
 
     def close(self) -> None:
         self._stop_beating.set()
+
+    def _guard_store(self) -> None:
+        """End this process when the store has not answered for the whole timeout: its host is frozen or cut off.
+
+        The main thread cannot notice that itself, because requests to the store have no time limit of their own.
+        """
+        while not self._stop_beating.wait(0.5):
+            began = self._asked
+            if began is not None and time.monotonic() - began > self.timeout:
+                self.store_is_dead(f"the store of the process group has not answered for {self.timeout:.0f} s")
 
 
 class _Pulse:

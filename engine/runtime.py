@@ -75,6 +75,7 @@ class Runtime(AbstractContextManager):
         self.ranks = _rank_group(self.rank, self.world_size, timeout, self.device)
         self.signals = StopSignal(self._give_up, follow_parent=_launched())
         self.ranks.hurried = lambda: self.signals.stopping
+        self.ranks.store_is_dead = self._lost_store
         self.status = RunStatus(self.rank)
         self.log = RunLog(self.is_main)
         self.lock: FolderLock | None = None
@@ -102,6 +103,8 @@ class Runtime(AbstractContextManager):
             self.lock.release()
         self.signals.close()
         self.log.close()
+        # After an orderly end the other ranks are at most a save behind; after a failure they need only hear of it.
+        self.ranks.leave(patience=30.0 if error is None or isinstance(error, Stopped) else 3.0)
         self.ranks.close()
         if error is None and self.world_size > 1:
             self.accelerator.end_training()  # only where all ranks are well: after a failure it could wait for ever
@@ -130,6 +133,14 @@ class Runtime(AbstractContextManager):
         with suppress(Exception):
             print(f"{prefix()}{reason}", file=sys.stderr, flush=True)
         os._exit(errors.STOPPED_UNSAVED)
+
+    def _lost_store(self, reason: str) -> None:
+        """Runs in a thread of the ranks, while the main thread waits for a store that will not answer."""
+        error = EngineError("E9.5", reason, "", "checkpoints are untouched", "look at rank 0, then --resume auto")
+        self.status.write(errors.DISTRIBUTED, str(error))
+        with suppress(Exception):
+            print(f"{prefix()}{error}", file=sys.stderr, flush=True)
+        os._exit(errors.DISTRIBUTED)
 
     # Run folder
 

@@ -22,7 +22,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -36,6 +35,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 UPDATES, SAVE_EVERY, EVALUATE_EVERY = 12, 2, 3
 TIMEOUT = 4  # seconds that a rank waits for another
@@ -104,7 +104,16 @@ class Campaign:
 
     def attempt(self, setting: Setting, run: Path, plan: Plan) -> list[int]:
         """Run (or resume) once under a plan; returns the ranks' exit statuses (negative: ended by that signal)."""
-        port, log = _free_port(), run.with_suffix(".log")
+        server, port = _host_store() if setting.ranks > 1 else (None, 0)
+        try:
+            return self._attempt(setting, run, plan, port)
+        finally:
+            if server is not None:
+                os.kill(server, signal.SIGKILL)
+                os.waitpid(server, 0)
+
+    def _attempt(self, setting: Setting, run: Path, plan: Plan, port: int) -> list[int]:
+        log = run.with_suffix(".log")
         pids = []
         for rank in range(setting.ranks):
             pid = os.fork()
@@ -140,6 +149,7 @@ class Campaign:
         for rank, pid in enumerate(pids):
             if statuses[rank] is None:
                 os.kill(pid, signal.SIGKILL)
+                statuses[rank] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
     def _hit(self, pids: list[int], statuses: list[int | None], plan: Plan) -> None:
         signals = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "stop": signal.SIGSTOP}
@@ -313,6 +323,23 @@ _COUNTED |= dict.fromkeys(_IO, "I/O errors")
 # In the forked process
 
 
+def _host_store() -> tuple[int, int]:
+    """A process that holds the ranks' key-value store, as a launcher's agent does: its pid and its port."""
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        from torch.distributed import TCPStore
+
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        os.write(writing, str(store.port).encode())
+        while True:
+            signal.pause()
+    os.close(writing)
+    port = int(os.read(reading, 16))
+    os.close(reading)
+    return pid, port
+
+
 def _become_rank(
     rank: int, setting: Setting, port: int, run: Path, log: Path, work: Path, plan: Plan
 ) -> None:  # never returns
@@ -324,6 +351,7 @@ def _become_rank(
         if setting.ranks > 1:
             os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(setting.ranks))
             os.environ.update(LOCAL_WORLD_SIZE=str(setting.ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+            os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
         if plan.kind == "point" and plan.victim == rank:
             _install(plan, work / f"{run.name}.points")
 
@@ -433,12 +461,6 @@ def _status(run: Path) -> dict[str, Any]:
         return json.loads((run / "run_status.json").read_text())
     except (OSError, ValueError):
         return {}
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 # Data and models
