@@ -144,7 +144,7 @@ def mbr(args: argparse.Namespace) -> int:
     texts, taken = consensus(files, ids, weights, args.utility, args.rouge_tokenizer)
     seconds = time.perf_counter() - started
     write(args, files[0].id_column, files[0].text_column, ids, texts)
-    shares = ", ".join(f"{file.path.name} {count}" for file, count in zip(files, taken, strict=True))
+    shares = ", ".join(f"{file.path} {count}" for file, count in zip(files, taken, strict=True))
     print(f"{args.output}: {len(ids)} rows; taken from {shares}")
     print(f"cost: the predictions of {len(files)} files, and {seconds:.1f} s for the consensus")
     if references is not None:
