@@ -27,7 +27,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,31 +94,32 @@ class Reference:
 class Campaign:
     """Counts and findings of all trials, in a working folder."""
 
-    def __init__(self, work: Path, seed: int) -> None:
-        self.work, self.random = work, random.Random(seed)
+    def __init__(self, work: Path, seed: int, overrides: Sequence[str] = ()) -> None:
+        self.work, self.random, self.overrides = work, random.Random(seed), list(overrides)
         self.counts: Counter[str] = Counter()
         self.findings: list[str] = []
         self.references: dict[Setting, Reference] = {}
 
     # One attempt
 
-    def attempt(self, setting: Setting, run: Path, plan: Plan) -> list[int]:
+    def attempt(self, setting: Setting, run: Path, plan: Plan, resume: str = "auto") -> list[int]:
         """Run (or resume) once under a plan; returns the ranks' exit statuses (negative: ended by that signal)."""
         server, port = _host_store() if setting.ranks > 1 else (None, 0)
         try:
-            return self._attempt(setting, run, plan, port)
+            return self._attempt(setting, run, plan, port, resume)
         finally:
             if server is not None:
                 os.kill(server, signal.SIGKILL)
                 os.waitpid(server, 0)
 
-    def _attempt(self, setting: Setting, run: Path, plan: Plan, port: int) -> list[int]:
+    def _attempt(self, setting: Setting, run: Path, plan: Plan, port: int, resume: str) -> list[int]:
         log = run.with_suffix(".log")
         pids = []
         for rank in range(setting.ranks):
             pid = os.fork()
             if pid == 0:
-                _become_rank(rank, setting, port, run, log, self.work, plan)
+                recipe = [str(self.work / f"{setting.model}.yaml"), *_overrides(setting, run), *self.overrides]
+                _become_rank(rank, setting, port, log, plan, run, [*recipe, "--resume", resume])
             pids.append(pid)
         statuses: list[int | None] = [None] * setting.ranks
         strike = self._strike(plan, run)
@@ -252,11 +253,11 @@ class Campaign:
     def _compare(self, setting: Setting, run: Path) -> None:
         """Bit for bit: every row of the log, the final weights, and the names in the folder."""
         reference = self.references[setting]
-        rows, problems = _rows(run), []
+        rows, problems = read_rows(run), []
         if rows != reference.rows:
             first = next((a for a, b in zip(rows, reference.rows, strict=False) if a != b), f"{len(rows)} rows")
             problems.append(f"logged rows differ: {first}")
-        if _weights(run) != reference.weights:
+        if read_weights(run) != reference.weights:
             problems.append("final weights differ")
         if problems:
             self.counts["mismatches"] += 1
@@ -285,7 +286,7 @@ class Campaign:
         save_seconds = sorted(end - begin for begin, end in zip(begins, ends, strict=False))[len(ends) // 2]
         points = sorted({(point, _stable(file)) for point, file, _ in record})
         facts = {"names": _names(run) - {"run_status.rank1.json"}, "size": _size(run)}
-        self.references[setting] = Reference(_rows(run), _weights(run), **facts, seconds=seconds,
+        self.references[setting] = Reference(read_rows(run), read_weights(run), **facts, seconds=seconds,
                                              save_seconds=save_seconds, points=points)  # fmt: skip
         print(
             f"{setting}: {seconds:.1f} s uninterrupted, a save {save_seconds:.3f} s, {len(points)} points", flush=True
@@ -341,7 +342,7 @@ def _host_store() -> tuple[int, int]:
 
 
 def _become_rank(
-    rank: int, setting: Setting, port: int, run: Path, log: Path, work: Path, plan: Plan
+    rank: int, setting: Setting, port: int, log: Path, plan: Plan, run: Path, arguments: list[str]
 ) -> None:  # never returns
     code = 1
     try:
@@ -353,17 +354,12 @@ def _become_rank(
             os.environ.update(LOCAL_WORLD_SIZE=str(setting.ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
             os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
         if plan.kind == "point" and plan.victim == rank:
-            _install(plan, work / f"{run.name}.points")
+            _install(plan, run.with_suffix(".points"))
 
         from engine.outcomes import main_guard
-        from engine.recipe_reader import load_recipe
-        from engine.train import run as train
+        from engine.train import main
 
-        def main() -> int:
-            train(load_recipe(work / f"{setting.model}.yaml", _overrides(setting, run)), resume="auto")
-            return 0
-
-        code = main_guard(main)
+        code = main_guard(lambda: main(arguments))
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -434,7 +430,7 @@ def _is_whole(folder: Path) -> bool:
         return False
 
 
-def _rows(run: Path) -> list[dict[str, Any]]:
+def read_rows(run: Path) -> list[dict[str, Any]]:
     try:
         lines = (run / "metrics.jsonl").read_text().splitlines()
     except FileNotFoundError:
@@ -442,7 +438,7 @@ def _rows(run: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in json.loads(line).items() if key not in TIMING} for line in lines]
 
 
-def _weights(run: Path) -> str:
+def read_weights(run: Path) -> str:
     """Hashes of the final model and of the last checkpoint's weights and optimizer."""
     hashes = {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in run.glob("final_model/*.safetensors")
@@ -591,6 +587,18 @@ def report(campaign: Campaign, seconds: float) -> int:
     return int(bool(campaign.findings))
 
 
+def import_once() -> None:
+    """Everything that a trial needs, so that none has to import it; and no pool of threads, which forks do not survive."""
+    import bitsandbytes  # noqa: F401
+    import peft  # noqa: F401
+    import torch
+
+    import engine.assembly
+    import engine.results  # noqa: F401
+
+    torch.set_num_threads(1)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=240, help="kills at random instants, beside one at every point")
@@ -601,15 +609,7 @@ def main() -> int:
     parser.add_argument("--keep", metavar="FOLDER", help="work there and keep the runs with findings")
     options = parser.parse_args()
 
-    import accelerate  # noqa: F401  imported once here, so that no trial has to
-    import peft  # noqa: F401
-    import torch
-    import transformers  # noqa: F401
-
-    import engine.assembly
-    import engine.results  # noqa: F401
-
-    torch.set_num_threads(1)  # no pool of threads may exist when processes are forked
+    import_once()
     began = time.monotonic()
     work = Path(options.keep or tempfile.mkdtemp(prefix="faults-")).absolute()
     work.mkdir(parents=True, exist_ok=True)
