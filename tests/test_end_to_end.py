@@ -1,0 +1,277 @@
+"""Whole runs through the command line and the Python API: what they leave behind, on toy and on real data."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+import runs
+import tiny
+
+from engine import Predictor, load_recipe
+from engine.errors import EngineError
+
+CHECK = runs.ROOT.parent / "shared" / "checks" / "check_run.py"
+
+
+def hold_against_contract(run_dir):
+    if CHECK.is_file():
+        done = subprocess.run([sys.executable, str(CHECK), str(run_dir)], capture_output=True, text=True, check=False)
+        assert done.stdout.strip() == "contract holds", done.stdout
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A finished run of a tiny Bart: two epochs, with a test split and TensorBoard."""
+    folder = tmp_path_factory.mktemp("trained")
+    test = tiny.write_rows(folder / "test.jsonl", 5)
+    recipe = runs.write_recipe(
+        folder,
+        training__num_train_epochs=2,
+        data__test_file=str(test),
+        tracking__report_to=["tensorboard"],
+        checkpoint__save_total_limit=1,
+    )
+    results = runs.train(recipe)
+    return folder, results
+
+
+def test_run_folder_keeps_the_contract(trained):
+    folder, results = trained
+    run_dir = folder / "run"
+    hold_against_contract(run_dir)
+    assert results == json.loads((run_dir / "results.json").read_text(encoding="utf-8"))
+    steps = [row["step"] for row in runs.rows_of(run_dir)]
+    assert steps == list(range(1, 13)), "24 rows in batches of 4 for two epochs are 12 updates"
+    assert [row["step"] for row in runs.rows_of(run_dir, "dev")] == [6, 12]
+    assert json.loads((run_dir / "run_status.json").read_text())["code"] == 0
+    with (folder / "experiments" / "results.csv").open(encoding="utf-8", newline="") as handle:
+        assert [row["run"] for row in csv.DictReader(handle)] == ["run"]
+
+
+def test_resolved_recipe_trains_the_same_again(trained, tmp_path):
+    folder, _ = trained
+    again = load_recipe(folder / "run" / "recipe.yaml", {"experiment.output_dir": str(tmp_path / "again")})
+    from engine.train import run
+
+    run(again)
+    losses = [row["loss"] for row in runs.rows_of(folder / "run")]
+    assert [row["loss"] for row in runs.rows_of(tmp_path / "again")] == losses
+
+
+def test_tensorboard_holds_the_rows(trained):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder, _ = trained
+    events = EventAccumulator(str(folder / "run" / "tensorboard")).Reload()
+    tags = events.Tags()
+    assert {"train/loss", "train/learning_rate", "train/grad_norm", "train/tokens_per_second"} <= set(tags["scalars"])
+    assert {"eval/loss", "eval/rouge1", "eval/rouge_sum", "train/peak_memory_gib"} <= set(tags["scalars"])
+    assert "eval/samples/text_summary" in tags["tensors"]
+    rows = {row["step"]: row["loss"] for row in runs.rows_of(folder / "run")}
+    shown = {event.step: event.value for event in events.Scalars("train/loss")}
+    assert shown == pytest.approx(rows, rel=1e-6)
+
+
+def test_best_weights_are_the_final_model(trained):
+    from safetensors.torch import load_file
+
+    folder, results = trained
+    run_dir = folder / "run"
+    best = load_file(run_dir / f"checkpoint-{results['best_step']}" / "model.safetensors")
+    final = load_file(run_dir / "final_model" / "model.safetensors")
+    assert best.keys() == final.keys() and all((best[name] == final[name]).all() for name in best)
+    assert not (run_dir / "final_model" / "engine_state").exists()
+
+
+def test_predictor_agrees_with_the_run(trained):
+    folder, results = trained
+    predictor = Predictor.from_run(folder / "run")
+    with (folder / "run" / "predictions" / f"test-step{results['best_step']}.csv").open(encoding="utf-8") as handle:
+        rows = list(csv.DictReader(handle))
+    dialogues = [row["dialogue"] for row in rows]
+    assert predictor.predict_batch(dialogues, show_progress=False) == [row["prediction"] for row in rows]
+    assert predictor.predict_single(dialogues[0]) == rows[0]["prediction"]
+    frame = pd.DataFrame({"fname": ["b", "a"], "dialogue": dialogues[:2]}, index=[7, 3])
+    predicted = predictor.predict_dataframe(frame, show_progress=False)
+    assert list(predicted.index) == [7, 3] and list(predicted["summary"]) == [row["prediction"] for row in rows[:2]]
+    assert "summary" not in frame.columns
+
+
+def test_predictor_takes_settings_by_name(trained):
+    folder, _ = trained
+    predictor = Predictor.from_run(folder / "run")
+    short = predictor.summarize(["#Person1#: 안녕하세요?"], max_new_tokens=2)
+    assert short[0].tokens <= 2
+    with pytest.raises(EngineError, match="max_new_tokens"):
+        predictor.predict_single("안녕", max_new_token=3)
+    with pytest.raises(EngineError) as caught:
+        predictor.predict_batch(["안녕", ""])
+    assert caught.value.exit_code == 3
+
+
+def test_predict_command_on_one_and_two_ranks(trained):
+    folder, _ = trained
+    sample = folder / "sample.csv"
+    sample.write_text(",fname,summary\n" + "".join(f"{i},row_{i},x\n" for i in range(5)), encoding="utf-8")
+    outputs = []
+    for ranks in (1, 2):
+        out = folder / f"submission-{ranks}.csv"
+        done = runs.launch(
+            "engine/predict.py",
+            folder / "run",
+            "--input",
+            folder / "test.jsonl",
+            "--output",
+            out,
+            "--sample-submission",
+            sample,
+            "generation.num_beams=3",
+            ranks=ranks,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert "rouge1" in done.stderr, "scores are told where the input has summaries"
+        outputs.append(out.read_bytes())
+    assert outputs[0] == outputs[1]
+    assert outputs[0].decode().splitlines()[0] == ",fname,summary"
+    assert not list(folder.glob("*.partial*"))
+
+
+def test_a_prediction_goes_on_where_it_stopped(trained, monkeypatch):
+    """Batches that a side file holds are not decoded again, and the file comes out the same."""
+    from engine import decoding, predict
+
+    folder, _ = trained
+    whole, resumed = folder / "whole.csv", folder / "resumed.csv"
+    arguments = [str(folder / "run"), "--input", str(folder / "test.jsonl")]
+    batch = "evaluation.per_device_eval_batch_size=2"
+    assert predict.main([*arguments, "--output", str(whole), batch]) == 0
+
+    decoded: list[int] = []
+    plain = decoding.Summarizer._decode
+
+    def counted(self, model, rows):
+        if len(decoded) >= 2 and not counted.alive:
+            raise KeyboardInterrupt
+        decoded.extend(row.index for row in rows)
+        return plain(self, model, rows)
+
+    counted.alive = False
+    monkeypatch.setattr(decoding.Summarizer, "_decode", counted)
+    with pytest.raises(KeyboardInterrupt):
+        predict.main([*arguments, "--output", str(resumed), batch])
+    assert not resumed.exists() and len(decoded) == 2
+    side = next(folder.glob("resumed.csv.partial-rank0.jsonl"))
+    side.write_text(side.read_text(encoding="utf-8") + '{"fingerprint": "torn', encoding="utf-8")
+    counted.alive = True
+    assert predict.main([*arguments, "--output", str(resumed), batch]) == 0
+    assert sorted(decoded) == list(range(5)), "every row once"
+    assert resumed.read_bytes() == whole.read_bytes()
+
+
+def test_resume_of_a_finished_run_changes_nothing(trained):
+    folder, results = trained
+    before = {path: path.stat().st_mtime_ns for path in (folder / "run").rglob("*") if path.is_file()}
+    assert runs.train(folder / "recipe.yaml", resume="auto") == results
+    assert before == {path: path.stat().st_mtime_ns for path in (folder / "run").rglob("*") if path.is_file()}
+
+
+def test_debug_serves_any_recipe(tmp_path):
+    recipe = runs.write_recipe(tmp_path, rows=60, tracking__report_to=["tensorboard"])
+    done = runs.launch("engine/train.py", recipe, "--debug", f"experiment.output_dir={tmp_path / 'run'}")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(runs.rows_of(tmp_path / "run")) == 25, "50 rows in batches of 2"
+    assert not (tmp_path / "run" / "tensorboard").exists()
+
+
+def test_dry_run_writes_nothing(tmp_path):
+    recipe = runs.write_recipe(tmp_path)
+    done = runs.launch("engine/train.py", recipe, "--dry-run")
+    assert done.returncode == 0, done.stderr[-2000:]
+    for word in ("updates: 6", "parameters", "first batch"):
+        assert word in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_other_precisions_train_on_the_cpu(tmp_path, precision):
+    recipe = runs.write_recipe(tmp_path, training__precision=precision, runtime__emulate_fp16_on_cpu=True)
+    runs.train(recipe)
+    rows = runs.rows_of(tmp_path / "run")
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert ("loss_scale" in rows[0]) == (precision == "fp16")
+
+
+def test_wandb_offline_gets_the_same_rows(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    runs.train(runs.write_recipe(tmp_path, tracking__report_to=["wandb"]))
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))
+
+
+def test_early_stopping_and_best_by_loss(tmp_path):
+    recipe = runs.write_recipe(
+        tmp_path,
+        training__num_train_epochs=20,
+        training__learning_rate=1e-12,  # nothing changes: no evaluation is better than the first
+        training__early_stopping_patience=2,
+        evaluation__metric="loss",
+    )
+    results = runs.train(recipe)
+    assert results["best_step"] == 6 and results["last_step"] == 18
+    assert "no better loss in 2 evaluations" in results["stop_reason"]
+
+
+@pytest.mark.slow
+def test_real_data_kobart_at_reduced_width(tmp_path, shared_data):
+    """KoBART's tokenizer and config, narrow and random: trains, evaluates, and writes the competition's submission."""
+    data = shared_data / "dialogsum_ko"
+    recipe = runs.write_recipe(
+        tmp_path,
+        model__name_or_path=str(shared_data / "tokenizers" / "kobart"),
+        model__init="random",
+        model__config={
+            "d_model": 64,
+            "encoder_layers": 1,
+            "decoder_layers": 1,
+            "encoder_ffn_dim": 64,
+            "decoder_ffn_dim": 64,
+            "encoder_attention_heads": 2,
+            "decoder_attention_heads": 2,
+        },
+        tokenizer__added_tokens=load_recipe(runs.ROOT / "recipes" / "kobart.yaml").tokenizer.added_tokens,
+        data__train_file=str(data / "train.csv"),
+        data__validation_file=str(data / "dev.csv"),
+        data__max_source_length=256,
+        data__max_target_length=64,
+        training__num_train_epochs=6,
+        training__per_device_train_batch_size=16,
+        training__learning_rate=5e-3,
+        evaluation__strategy="steps",
+        evaluation__steps=120,
+        evaluation__rouge_tokenizer="mecab",
+        generation__max_new_tokens=16,
+        checkpoint__strategy="no",
+    )
+    runs.train(recipe)
+    run_dir = tmp_path / "run"
+    rows = runs.rows_of(run_dir)
+    assert rows[-1]["loss"] < 0.8 * rows[0]["loss"]
+    with next((run_dir / "predictions").glob("dev-step*.csv")).open(encoding="utf-8", newline="") as handle:
+        predictions = [row["prediction"] for row in csv.DictReader(handle)]
+    assert len(predictions) == 80
+    assert any("#Person1#" in text or "#Person2#" in text for text in predictions), "speakers stand in the text"
+    assert not any("# 는" in text or "# 은" in text for text in predictions), "spaced as in the references"
+
+    out, sample = tmp_path / "submission.csv", data / "sample_submission.csv"
+    from engine import predict
+
+    arguments = [str(run_dir), "--input", str(data / "test.csv"), "--output", str(out), "--sample-submission", str(sample)]
+    assert predict.main([*arguments, "generation.num_beams=1", "generation.max_new_tokens=8"]) == 0
+    ours, theirs = pd.read_csv(out), pd.read_csv(sample)
+    assert list(ours.columns) == list(theirs.columns) and list(ours["fname"]) == list(theirs["fname"])
+    assert ours["summary"].notna().all() and len(ours) == 499

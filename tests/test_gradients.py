@@ -1,0 +1,61 @@
+"""One update's gradient does not depend on how its rows were cut into micro-batches and ranks."""
+
+from __future__ import annotations
+
+import pytest
+import runs
+import torch
+from safetensors.torch import load_file
+
+# 22 rows in windows of 8: the last window is short (6 rows), and the rows differ in length and in supervised tokens.
+ROWS = 22
+SPLITS = {
+    "1 x 8": (1, 8, 1),
+    "4 accumulated x 2": (1, 2, 4),
+    "2 ranks x 2 accumulated x 2": (2, 2, 2),
+}
+
+
+def gradients(folder, name, ranks, batch, accumulation, family):
+    recipe = runs.write_recipe(
+        folder,
+        family,
+        rows=ROWS,
+        model__dropout=0.0,
+        training__max_grad_norm=None,
+        training__learning_rate=1e-12,  # the weights stay where they are: every update is compared from the same point
+        evaluation__strategy="no",
+        checkpoint__strategy="no",
+    )
+    out, run_dir = folder / f"{name}.safetensors", folder / name
+    done = runs.launch(
+        runs.ROOT / "tests" / "record_gradients.py",
+        recipe,
+        out,
+        f"training.per_device_train_batch_size={batch}",
+        f"training.gradient_accumulation_steps={accumulation}",
+        f"experiment.output_dir={run_dir}",
+        ranks=ranks,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return load_file(out), runs.rows_of(run_dir)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["bart", "llama"])
+def test_same_gradients_and_learning_rates_however_split(family, tmp_path):
+    results = {
+        label: gradients(tmp_path, f"run{i}", *split, family) for i, (label, split) in enumerate(SPLITS.items())
+    }
+    reference, reference_rows = results.pop("1 x 8")
+    assert len(reference_rows) == 3, "22 rows in windows of 8 are two full windows and a short one"
+    first = max(int(name.split(".")[0]) for name in reference)
+    assert first == 2
+    for label, (found, rows) in results.items():
+        assert found.keys() == reference.keys()
+        for name, gradient in reference.items():
+            assert torch.allclose(found[name], gradient, rtol=1e-6, atol=1e-6), (label, name)
+        for ours, theirs in zip(rows, reference_rows, strict=True):
+            assert ours["learning_rate"] == theirs["learning_rate"], label
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5), label
+            assert ours["sample_ids_sha256"] == theirs["sample_ids_sha256"], label
