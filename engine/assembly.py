@@ -16,6 +16,7 @@ from engine.checkpoints import CheckpointStore, identity_of
 from engine.decoding import Summarizer
 from engine.errors import EngineError
 from engine.job import Job, TrainerState
+from engine.probing import with_fitting_batch
 from engine.recipe_reader import dump
 from engine.tracking import Tracker
 from engine.validation import Split
@@ -91,6 +92,9 @@ def prepare(
     with runtime.together("tokenising"):
         features = data.encode_all(encoder, splits.train, augment=recipe.data.instruction_augmentation)
         dev = split_of("dev", splits.dev, encoder) if splits.dev else None
+    model = runtime.accelerator.prepare(bundle.model)
+    if recipe.training.auto_batch_size:
+        recipe = with_fitting_batch(recipe, model, bundle, features, runtime)
     if runtime.is_main:
         (folder.path / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
     _report(recipe, bundle, features, encoder)
@@ -119,7 +123,7 @@ def prepare(
             runtime=runtime,
             run_dir=folder.path,
             bundle=bundle,
-            model=runtime.accelerator.prepare(bundle.model),
+            model=model,
             optimizer=optimizer,
             schedule=schedule,
             scaler=scaler,

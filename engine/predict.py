@@ -47,7 +47,7 @@ def predict(options: argparse.Namespace, recipe: Recipe, runtime: Runtime) -> li
         )
         predictor.generation = recipe.generation
         summarizer = predictor.summarizer(recipe.evaluation.per_device_eval_batch_size)
-    features = predictor.features([example.dialogue for example in examples])
+    features = predictor.features([row.dialogue for row in examples], [row.topic for row in examples])
     partial = PartialResults(options.output, runtime.rank, fingerprint=_fingerprint(options, examples, summarizer))
     with runtime.autocast():
         summaries = decode_rest(predictor, summarizer, features, partial, runtime)

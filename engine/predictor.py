@@ -6,7 +6,7 @@ predictor.predict_single("#Person1#: ...")
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import torch
 
+    from engine.data import Feature
     from engine.decoding import Summarizer, Summary
     from engine.models import ModelBundle
     from engine.recipe import Generation, Recipe
@@ -26,11 +27,12 @@ class Predictor:
 
     Args:
         bundle: model, tokenizer and prompt settings.
-        generation: default settings; each call may override them by name.
+        recipe: what it was trained with. Each call may override the generation settings by name; `data.topic_column`
+            names the data frames' column with topics.
     """
 
-    def __init__(self, bundle: ModelBundle, generation: Generation) -> None:
-        self.bundle, self.generation = bundle, generation
+    def __init__(self, bundle: ModelBundle, recipe: Recipe) -> None:
+        self.bundle, self.generation, self.topic_column = bundle, recipe.generation, recipe.data.topic_column
         self.encoder = bundle.text_encoder()
 
     @classmethod
@@ -60,7 +62,7 @@ class Predictor:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         bundle = models.load_trained(folder, device=torch.device(device), precision=precision, base=base)
-        return cls(bundle, recipe_of(folder).generation)
+        return cls(bundle, recipe_of(folder))
 
     def predict_single(self, dialogue: str, **gen: Any) -> str:
         """Summary of one dialogue; `gen` overrides generation settings by `generate`'s names."""
@@ -90,8 +92,9 @@ class Predictor:
             raise EngineError(
                 "E3.30", f"no column {text_column!r}; there are {', '.join(map(str, df.columns))}", "data frame"
             )
-        summaries = self.predict_batch(df[text_column].tolist(), batch_size, show_progress, **gen)
-        return df.assign(**{summary_column: summaries})
+        topics = df[self.topic_column].tolist() if self.topic_column in df.columns else None
+        summaries = self.summarize(df[text_column].tolist(), batch_size, show_progress, topics=topics, **gen)
+        return df.assign(**{summary_column: [summary.text for summary in summaries]})
 
     def create_submission(
         self,
@@ -119,25 +122,21 @@ class Predictor:
         dialogues: Sequence[str],
         batch_size: int = 32,
         show_progress: bool = False,
-        on_batch: Callable[[list[Summary]], None] | None = None,
+        topics: Sequence[str] | None = None,
         **gen: Any,
     ) -> list[Summary]:
         """As `predict_batch`, with scores, n-best lists and how each text ended."""
         from tqdm import tqdm
 
-        features = self.features(dialogues)
+        features = self.features(dialogues, topics)
         summarizer = self.summarizer(batch_size, **gen)
         with tqdm(total=len(features), disable=not show_progress, ncols=100, desc="summarise", unit="row") as bar:
-
-            def report(summaries: list[Summary]) -> None:
-                bar.update(len(summaries))
-                if on_batch:
-                    on_batch(summaries)
-
-            done = summarizer.summarize(self.bundle.model, features, on_batch=report)
+            done = summarizer.summarize(
+                self.bundle.model, features, on_batch=lambda summaries: bar.update(len(summaries))
+            )
         return sorted(done, key=lambda summary: summary.index)
 
-    def features(self, dialogues: Sequence[str]) -> list[Any]:
+    def features(self, dialogues: Sequence[str], topics: Sequence[str] | None = None) -> list[Feature]:
         """Tokenised prompts. Raises: EngineError E3 naming the first dialogue that is no text."""
         from engine.data import Example
 
@@ -147,7 +146,8 @@ class Predictor:
                     "E3.31", f"dialogue {number} is empty or no text", f"row {number}", next="leave it out or fill it"
                 )
         examples = [
-            Example(id=str(i), dialogue=text, references=(), topic=None, row=i + 1) for i, text in enumerate(dialogues)
+            Example(id=str(i), dialogue=text, references=(), topic=topic, row=i + 1)
+            for i, (text, topic) in enumerate(zip(dialogues, topics or [None] * len(dialogues), strict=True))
         ]
         return [self.encoder.prompt_feature(example, index) for index, example in enumerate(examples)]
 
