@@ -183,9 +183,10 @@ def attach(
 
 @contextmanager
 def _quiet_peft() -> Iterator[None]:
-    """peft's warnings are about names that transformers deprecates, not about anything a user did."""
+    """peft's warnings are about names that transformers deprecates and a base renamed here, not about the recipe."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("ignore", message=".*base_model_name_or_path.*")
         yield
 
 

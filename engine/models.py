@@ -216,7 +216,7 @@ def _random_model(
         raise EngineError(
             "E4.9", f"no model can be built: {error}", "model.config", NOTHING_LOADED, "check model.config"
         ) from error
-    return model.to(dtype)
+    return weights.cast(model, dtype)
 
 
 def _with_adapters(

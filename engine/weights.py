@@ -111,6 +111,13 @@ def resize_embeddings(
             matrix[token] = row.to(matrix.dtype)
 
 
+def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Weights to `dtype`. Buffers stay: rotary frequencies lose their meaning in 16 bits."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """The model without DistributedDataParallel and torch.compile around it."""
     while hasattr(model, "module") or hasattr(model, "_orig_mod"):
