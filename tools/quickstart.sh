@@ -14,8 +14,8 @@ export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
   engine/train.py recipes/quickstart.yaml "$@"
 
 # Run folders begin with date and time, so the last name is the newest run.
-runs=(experiments/*/*_quickstart)
-run=${runs[-1]}
+finished=(experiments/*/*/results.json)
+run=${finished[-1]%/results.json}
 "$venv_python" engine/predict.py "$run" --input recipes/quickstart/test.csv --output "$run/test_summaries.csv"
 "$venv_python" tools/quickstart_report.py "$run"
 
