@@ -6,7 +6,7 @@ rounding, on one rank and on many.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,9 @@ import torch
 from torch import nn
 
 from engine.errors import EngineError
-from engine.generation import GenerationSettings, generate_all
+from engine.generation import GenerationSettings, constraints, generate_all
+from engine.generation.linears import fast_linears
+from engine.generation.modelstate import unwrap
 from engine.postprocessing import postprocess
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from engine.models import ModelBundle
     from engine.recipe import Generation
 
+_PLANNED = 1 << 62  # the batch is planned here already; generate_all has nothing to cut
 _OURS = {"tokens_per_batch", "fix_placeholders", "fix_cut_word", "fix_full_stop", "fix_particles"}
 
 
@@ -84,9 +87,7 @@ class Summarizer:
         settings = self.settings
         if not (settings.block_scripts or settings.allow_scripts):
             return None
-        from engine.generation.constraints import script_mask
-
-        return script_mask(
+        return constraints.script_mask(
             self.bundle.tokenizer,
             self.bundle.model.get_output_embeddings().weight.shape[0],
             block_scripts=settings.block_scripts or None,
@@ -119,6 +120,7 @@ class Summarizer:
         model: nn.Module,
         features: Sequence[Feature],
         *,
+        dialogues: Mapping[int, str] | None = None,
         skip: Collection[int] = (),
         rank: int = 0,
         world_size: int = 1,
@@ -127,27 +129,41 @@ class Summarizer:
         """Decode this rank's batches; no collective. `Summary.index` is the feature's own index.
 
         Args:
+            dialogues: texts by the features' indices; needed where `keep_source_words` is on.
             skip: indices that are decoded already. Batches are planned with them and decoded without, so the rest of an
                 interrupted prediction meets the same neighbours.
         """
         done: list[Summary] = []
         planned = [[features[position] for position in batch] for batch in self.plan(features)]
         batches = [rows for batch in planned if (rows := [row for row in batch if row.index not in skip])]
-        for rows in batches[rank::world_size]:
-            summaries = self._decode(model, rows)
-            done.extend(summaries)
-            if on_batch:
-                on_batch(summaries)
+        mine = batches[rank::world_size]
+        steps = len(mine) * (self.settings.max_new_tokens or self.settings.max_length)
+        with fast_linears(unwrap(model), steps):  # prepared once, not for each batch
+            for rows in mine:
+                summaries = self._decode(model, rows, self._masks(rows, dialogues))
+                done.extend(summaries)
+                if on_batch:
+                    on_batch(summaries)
         return done
 
-    def _decode(self, model: nn.Module, rows: Sequence[Feature]) -> list[Summary]:
+    def _masks(self, rows: Sequence[Feature], dialogues: Mapping[int, str] | None) -> torch.Tensor | None:
+        """The script rules' mask (V,), or (B, V) where each row may use the foreign words of its own dialogue."""
+        if self.mask is None or not self.settings.keep_source_words:
+            return self.mask
+        if dialogues is None:
+            raise ValueError("keep_source_words needs the dialogues")
+        blocked = constraints.blocked_scripts(self.settings.block_scripts, self.settings.allow_scripts)
+        texts = [dialogues[row.index] for row in rows]
+        return constraints.keep_source_words(self.mask, self.bundle.tokenizer, texts, blocked)
+
+    def _decode(self, model: nn.Module, rows: Sequence[Feature], mask: torch.Tensor | None) -> list[Summary]:
         hypotheses = generate_all(
             model,
             [row.input_ids for row in rows],
             self.settings,
             pad_token_id=self.bundle.tokenizer.pad_token_id,
-            max_batch_size=len(rows),
-            vocabulary_mask=self.mask,
+            tokens_per_batch=_PLANNED,
+            vocabulary_mask=mask,
         )
         return [self._summary(row.index, n_best) for row, n_best in zip(rows, hypotheses, strict=True)]
 

@@ -49,8 +49,9 @@ def predict(options: argparse.Namespace, recipe: Recipe, runtime: Runtime) -> li
         summarizer = predictor.summarizer(recipe.evaluation.per_device_eval_batch_size)
     features = predictor.features([row.dialogue for row in examples], [row.topic for row in examples])
     partial = PartialResults(options.output, runtime.rank, fingerprint=_fingerprint(options, examples, summarizer))
+    dialogues = {index: row.dialogue for index, row in enumerate(examples)}
     with runtime.autocast():
-        summaries = decode_rest(predictor, summarizer, features, partial, runtime)
+        summaries = decode_rest(predictor, summarizer, dialogues, features, partial, runtime)
     with runtime.together("writing the output"):
         if runtime.is_main:
             outputs.write(examples, summaries, options, recipe)
@@ -59,7 +60,12 @@ def predict(options: argparse.Namespace, recipe: Recipe, runtime: Runtime) -> li
 
 
 def decode_rest(
-    predictor: Predictor, summarizer: Summarizer, features: list[Feature], partial: PartialResults, runtime: Runtime
+    predictor: Predictor,
+    summarizer: Summarizer,
+    dialogues: dict[int, str],
+    features: list[Feature],
+    partial: PartialResults,
+    runtime: Runtime,
 ) -> list[Summary]:
     """Decode what no side file holds; no collective until all ranks are through."""
     import torch
@@ -82,6 +88,7 @@ def decode_rest(
         mine = summarizer.summarize(
             predictor.bundle.model,
             features,
+            dialogues=dialogues,
             skip=known.keys(),
             rank=runtime.rank,
             world_size=runtime.world_size,

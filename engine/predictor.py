@@ -132,7 +132,10 @@ class Predictor:
         summarizer = self.summarizer(batch_size, **gen)
         with tqdm(total=len(features), disable=not show_progress, ncols=100, desc="summarise", unit="row") as bar:
             done = summarizer.summarize(
-                self.bundle.model, features, on_batch=lambda summaries: bar.update(len(summaries))
+                self.bundle.model,
+                features,
+                dialogues=dict(enumerate(dialogues)),
+                on_batch=lambda summaries: bar.update(len(summaries)),
             )
         return sorted(done, key=lambda summary: summary.index)
 

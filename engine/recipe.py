@@ -19,7 +19,9 @@ NonNegative = Annotated[int, Field(ge=0, le=LARGEST)]
 Ratio = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(ge=0)]
 AboveZero = Annotated[float, Field(gt=0)]
-Script = Literal["latin", "kana", "han", "hangul", "cyrillic", "greek", "arabic", "thai", "digits", "punctuation", "symbols", "emoji"]
+Script = Literal[
+    "hangul", "latin", "kana", "han", "cyrillic", "greek", "arabic", "hebrew", "thai", "devanagari", "digits", "punctuation", "emoji", "other"
+]
 
 # Placeholders of the Korean DialogSum data. They are ordinary added tokens, never special ones, so that decoding keeps them.
 PLACEHOLDERS = [

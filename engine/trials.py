@@ -81,7 +81,8 @@ class Subject:
         """Decode every row; `on_rows` hears how many more are done."""
         started = time.perf_counter()
         heard = (lambda batch: on_rows(len(batch))) if on_rows else None
-        done = summarizer.summarize(self.bundle.model, self.prompts, on_batch=heard)
+        dialogues = {prompt.index: row.dialogue for prompt, row in zip(self.prompts, self.examples, strict=True)}
+        done = summarizer.summarize(self.bundle.model, self.prompts, dialogues=dialogues, on_batch=heard)
         by_index = {summary.index: summary for summary in done}
         rows = [by_index[feature.index] for feature in self.prompts]
         return Decoding(

@@ -38,6 +38,11 @@ class Split:
     prompts: list[Feature]
     targets: list[Feature] | None
 
+    @property
+    def dialogues(self) -> dict[int, str]:
+        """Texts by the prompts' indices."""
+        return {prompt.index: row.dialogue for prompt, row in zip(self.prompts, self.examples, strict=True)}
+
     def subset(self, count: int | None) -> Split:
         """A fixed, evenly spaced part of `count` rows; the whole split where count is None or no smaller."""
         if count is None or count >= len(self.examples):
@@ -86,6 +91,7 @@ def evaluate(
                 mine = summarizer.summarize(
                     model,
                     split.prompts,
+                    dialogues=split.dialogues,
                     rank=runtime.rank,
                     world_size=runtime.world_size,
                     on_batch=lambda summaries: bar.update(len(summaries) * runtime.world_size),

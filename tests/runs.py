@@ -70,7 +70,15 @@ def launch(script: str | Path, *arguments: str, ranks: int = 1, timeout: int = 2
     command = [sys.executable]
     if ranks > 1:
         environment["ACCELERATE_USE_CPU"] = "true"
-        command += ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--main_process_port", "0"]
+        command += [
+            "-m",
+            "accelerate.commands.launch",
+            "--multi_gpu",
+            "--num_machines",
+            "1",
+            "--main_process_port",
+            "0",
+        ]
         command += ["--num_processes", str(ranks), "--mixed_precision", "no", "--dynamo_backend", "no"]
     return subprocess.run(
         [*command, str(script), *map(str, arguments)],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import subprocess
 import sys
 
@@ -114,6 +115,24 @@ def test_predictor_takes_settings_by_name(trained):
     assert caught.value.exit_code == 3
 
 
+def test_script_rules_reach_the_text(trained):
+    """No Latin letter outside placeholders, unless the dialogue has the word and the rule spares it."""
+    folder, _ = trained
+    predictor = Predictor.from_run(folder / "run")
+    dialogues = ["#Person1#: Mr. Smith 씨 안녕하세요?", "#Person1#: 오늘 뭐 해요?"]
+    free = [mask.isfinite().sum() for mask in _masks(predictor, dialogues, keep_source_words=True)]
+    strict = [mask.isfinite().sum() for mask in _masks(predictor, dialogues, keep_source_words=False)]
+    assert free[0] > strict[0] and free[1] == strict[1]
+    for text in predictor.predict_batch(dialogues, show_progress=False, block_scripts=["latin", "kana", "han"]):
+        assert not re.search(r"[A-Za-z]", re.sub(r"#\w+#", "", text))
+
+
+def _masks(predictor, dialogues, keep_source_words):
+    summarizer = predictor.summarizer(2, block_scripts=["latin"], keep_source_words=keep_source_words)
+    mask = summarizer._masks(predictor.features(dialogues), dict(enumerate(dialogues)))
+    return mask if mask.dim() == 2 else [mask] * len(dialogues)
+
+
 def test_predict_command_on_one_and_two_ranks(trained):
     folder, _ = trained
     sample = folder / "sample.csv"
@@ -154,11 +173,11 @@ def test_a_prediction_goes_on_where_it_stopped(trained, monkeypatch):
     decoded: list[int] = []
     plain = decoding.Summarizer._decode
 
-    def counted(self, model, rows):
+    def counted(self, model, rows, mask):
         if len(decoded) >= 2 and not counted.alive:
             raise KeyboardInterrupt
         decoded.extend(row.index for row in rows)
-        return plain(self, model, rows)
+        return plain(self, model, rows, mask)
 
     counted.alive = False
     monkeypatch.setattr(decoding.Summarizer, "_decode", counted)
@@ -270,7 +289,15 @@ def test_real_data_kobart_at_reduced_width(tmp_path, shared_data):
     out, sample = tmp_path / "submission.csv", data / "sample_submission.csv"
     from engine import predict
 
-    arguments = [str(run_dir), "--input", str(data / "test.csv"), "--output", str(out), "--sample-submission", str(sample)]
+    arguments = [
+        str(run_dir),
+        "--input",
+        str(data / "test.csv"),
+        "--output",
+        str(out),
+        "--sample-submission",
+        str(sample),
+    ]
     assert predict.main([*arguments, "generation.num_beams=1", "generation.max_new_tokens=8"]) == 0
     ours, theirs = pd.read_csv(out), pd.read_csv(sample)
     assert list(ours.columns) == list(theirs.columns) and list(ours["fname"]) == list(theirs["fname"])

@@ -44,9 +44,7 @@ def gradients(folder, name, ranks, batch, accumulation, family):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["bart", "llama"])
 def test_same_gradients_and_learning_rates_however_split(family, tmp_path):
-    results = {
-        label: gradients(tmp_path, f"run{i}", *split, family) for i, (label, split) in enumerate(SPLITS.items())
-    }
+    results = {label: gradients(tmp_path, f"run{i}", *split, family) for i, (label, split) in enumerate(SPLITS.items())}
     reference, reference_rows = results.pop("1 x 8")
     assert len(reference_rows) == 3, "22 rows in windows of 8 are two full windows and a short one"
     first = max(int(name.split(".")[0]) for name in reference)

@@ -17,7 +17,9 @@ def test_decay_groups_are_those_of_the_trainer(family, tmp_path):
 
     model = tiny.model(family)
     trainer = Trainer(model=model, args=TrainingArguments(output_dir=str(tmp_path), report_to=[]))
-    decayed = set(trainer.get_decay_parameter_names(model)) & {name for name, _ in model.named_parameters()}  # tied: once
+    decayed = set(trainer.get_decay_parameter_names(model)) & {
+        name for name, _ in model.named_parameters()
+    }  # tied: once
     groups = optim.parameter_groups(model, 0.1)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     ours = {names[id(p)] for group in groups if group["weight_decay"] > 0 for p in group["params"]}
@@ -52,9 +54,7 @@ def test_schedule_equals_transformers(kind, warmup):
 
     ours = rates(lambda optimizer: optim.build_schedule(optimizer, training, total))
     steps = optim.warmup_updates(training, total)
-    theirs = rates(
-        lambda optimizer: get_scheduler(kind, optimizer, num_warmup_steps=steps, num_training_steps=total)
-    )
+    theirs = rates(lambda optimizer: get_scheduler(kind, optimizer, num_warmup_steps=steps, num_training_steps=total))
     assert ours[:total] == pytest.approx(theirs[:total], rel=1e-12, abs=1e-18)
 
 

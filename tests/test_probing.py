@@ -30,7 +30,9 @@ def memory_for(monkeypatch):
 
 def test_halves_the_micro_batch_and_keeps_the_updates(tmp_path, memory_for):
     settings = {"training__per_device_train_batch_size": 8, "evaluation__strategy": "no"}
-    runs.train(runs.write_recipe(tmp_path / "plain", **settings, experiment__output_dir=str(tmp_path / "plain" / "run")))
+    runs.train(
+        runs.write_recipe(tmp_path / "plain", **settings, experiment__output_dir=str(tmp_path / "plain" / "run"))
+    )
     memory_for(3)
     runs.train(runs.write_recipe(tmp_path / "auto", **settings, training__auto_batch_size=True))
     resolved = yaml.safe_load((tmp_path / "auto" / "run" / "recipe.yaml").read_text(encoding="utf-8"))["training"]
