@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
 from engine import load_recipe
 from engine.errors import EngineError
+from engine.recipe import SECTIONS
 from engine.recipe_reader import dump, print_recipe
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
@@ -72,6 +74,39 @@ def test_causal_recipes_share_the_original_settings(name: str) -> None:
     assert training.per_device_train_batch_size * training.gradient_accumulation_steps == 64
     assert (recipe.data.max_source_length, recipe.generation.max_new_tokens) == (1024, 200)
     assert recipe.quantization.load_in_4bit == name.endswith("qlora")
+
+
+@pytest.mark.parametrize("name", ["README.md", "README.ko.md"])
+def test_the_readme_recipe_loads(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (RECIPES.parent / name).read_text(encoding="utf-8")
+    (block,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    assert len(block.splitlines()) == 5, "the README promises five lines"
+    (tmp_path / "base").symlink_to(RECIPES / "base")
+    (tmp_path / "mine.yaml").write_text(block, encoding="utf-8")
+    assert load_recipe(tmp_path / "mine.yaml", ["data.text_column=대화"]).experiment.name == "mine"
+
+
+@pytest.mark.parametrize("name", ["README.md", "README.ko.md", "SECURITY.md", "recipes/README.md"])
+def test_documents_name_files_and_keys_that_exist(name: str) -> None:
+    root = RECIPES.parent
+    text = (root / name).read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)#]+)\)", text):
+        assert (root / name).parent.joinpath(link).exists(), link
+    for path in re.findall(r"(?:engine|tools|tests|recipes)/[\w./]+\.(?:py|sh|yaml|md)", text):
+        assert (root / path).exists() or path == "recipes/mine.yaml", path
+    for section, key in re.findall(r"(?<![\w/])([a-z]+)\.([a-z_0-9]+)\b(?!\()", text):
+        if section in SECTIONS and key not in ("yaml", "py", "csv"):
+            assert key in SECTIONS[section].model_fields, f"{section}.{key}"
+
+
+def test_both_readmes_show_the_same_commands() -> None:
+    def commands(name: str) -> list[str]:
+        blocks = re.findall(
+            r"```(?:bash|yaml)\n(.*?)```", (RECIPES.parent / name).read_text(encoding="utf-8"), re.DOTALL
+        )
+        return [line.split("  #")[0].split("   #")[0].strip() for block in blocks for line in block.splitlines()]
+
+    assert commands("README.md") == commands("README.ko.md")
 
 
 def test_t5_refuses_fp16() -> None:
