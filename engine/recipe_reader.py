@@ -391,6 +391,8 @@ def _bounds(metadata: Iterable[Any]) -> str:
 def _nearest_value(section: str, key: str, value: Any) -> str:
     """A hint for a misspelt choice, quoted number or unquoted text."""
     annotation = field_of(section, key).annotation
+    if isinstance(value, str) and admits(annotation, list) and not admits(annotation, str):
+        return f"; write a list: [{recipe_yaml.scalar(value)}]" if "," not in value else "; write a list: [...]"
     choices = {str(part).lower(): part for part in _choices(annotation)}
     if isinstance(value, str):
         if close := difflib.get_close_matches(value.lower(), choices, n=1):
