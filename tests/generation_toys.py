@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+import pytest
 import torch
 from transformers import (
     BartConfig,
@@ -50,6 +51,15 @@ _BART = {
     "init_std": 0.4,
 }
 FAMILIES = ("bart", "t5", "llama", "qwen3")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Toy layers are too small to share among threads, which would only wait. Works where it is imported."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def build(family: str, seed: int = 0, **overrides):

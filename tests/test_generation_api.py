@@ -7,7 +7,17 @@ import random
 
 import pytest
 import torch
-from generation_toys import FAMILIES, VOCABULARY, assert_equal, batch, build, decode, reference, shared
+from generation_toys import (
+    FAMILIES,
+    VOCABULARY,
+    assert_equal,
+    batch,
+    build,
+    decode,
+    one_thread,  # noqa: F401
+    reference,
+    shared,
+)
 
 from engine.generation import GenerationSettings, Hypothesis, generate, generate_all
 from engine.generation.api import pad, plan_batches
@@ -261,7 +271,7 @@ def draw_case(draw: random.Random) -> dict:
         "no_repeat_ngram_size": draw.choice([1, 2, 3]),
         "min_new_tokens": draw.randint(1, case["max_new_tokens"]),
         "bad_words_ids": [[draw.randrange(VOCABULARY)] for _ in range(draw.randint(1, 40))],
-        "suppress_tokens": draw.sample(range(VOCABULARY), 9),
+        "suppress_tokens": draw.sample(range(6, VOCABULARY), 9),
         "eos_token_id": draw.sample(range(1, VOCABULARY), draw.choice([1, 2, 9])),
         "forced_eos_token_id": draw.choice([None, 1, 2]),
         "sequence_bias": [[[draw.randrange(VOCABULARY)], draw.uniform(-3, 3)]],

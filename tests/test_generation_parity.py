@@ -10,7 +10,17 @@ import warnings
 
 import pytest
 import torch
-from generation_toys import FAMILIES, VOCABULARY, assert_equal, batch, build, decode, reference, shared
+from generation_toys import (
+    FAMILIES,
+    VOCABULARY,
+    assert_equal,
+    batch,
+    build,
+    decode,
+    one_thread,  # noqa: F401
+    reference,
+    shared,
+)
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation import MinLengthLogitsProcessor, StoppingCriteria, StoppingCriteriaList
 from transformers.modeling_outputs import BaseModelOutput

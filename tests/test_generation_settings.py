@@ -6,7 +6,11 @@ import logging
 
 import pytest
 import torch
-from generation_toys import batch, shared
+from generation_toys import (
+    batch,
+    one_thread,  # noqa: F401
+    shared,
+)
 from transformers import GenerationConfig
 
 from engine.generation import GenerationSettings, generate
@@ -20,7 +24,13 @@ ORIGINAL = {
     "repetition_penalty": 1.5,
     "early_stopping": True,
 }
-KOBART = {"bos_token_id": 0, "decoder_start_token_id": 2, "eos_token_id": [1], "forced_eos_token_id": 2, "pad_token_id": 3}
+KOBART = {
+    "bos_token_id": 0,
+    "decoder_start_token_id": 2,
+    "eos_token_id": [1],
+    "forced_eos_token_id": 2,
+    "pad_token_id": 3,
+}
 
 
 def resolve(values, own=None, encoder_decoder=True) -> GenerationSettings:

@@ -8,10 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from generation_toys import FAMILIES, assert_equal, batch, build, decode, reference, shared
+from generation_toys import (
+    FAMILIES,
+    assert_equal,
+    batch,
+    build,
+    decode,
+    one_thread,  # noqa: F401
+    reference,
+    shared,
+)
 from transformers import AutoTokenizer, BartConfig, BartForConditionalGeneration, GenerationConfig
 
-from engine.generation import GenerationSettings, generate, generate_all
+from engine.generation import GenerationSettings, generate, generate_all, linears
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 RULES = {"num_beams": 4, "max_new_tokens": 12, "repetition_penalty": 1.2, "no_repeat_ngram_size": 3}
@@ -136,6 +145,21 @@ def test_threads():  # 93
     assert found == expected
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_layers(family, monkeypatch):
+    monkeypatch.setattr(linears, "MIN_WEIGHTS_TO_PACK", 0)
+    model = build(family)
+    inputs = batch(model)
+    used = []
+    hook = model.get_output_embeddings().register_forward_hook(
+        lambda module, *_: used.append("forward" in module.__dict__)
+    )
+    ours = generate(model, **inputs, settings=resolved(model, **RULES))
+    hook.remove()
+    assert all(used) == linears._packing_works()
+    assert ours.sequences.tolist() == new_tokens(model, inputs, **RULES)
+
+
 def test_cache_is_small():
     """Cells per layer: B*(P + K*(T-1)), where transformers holds B*K*(P+T-1), twice while it reorders."""
     model = shared("qwen3")
@@ -149,13 +173,13 @@ def test_cache_is_small():
 @pytest.mark.skipif(not SHARED.exists(), reason="needs the shared data")
 def test_kobart_with_its_real_tokenizer_and_config():
     folder = SHARED / "tokenizers" / "kobart"
-    config = BartConfig.from_pretrained(folder, decoder_layers=2, encoder_layers=2, init_std=0.08)
+    config = BartConfig.from_pretrained(folder, decoder_layers=1, encoder_layers=1, init_std=0.08)
     torch.manual_seed(0)
     model = BartForConditionalGeneration(config).eval()
     model.generation_config = GenerationConfig.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     with open(SHARED / "dialogsum_ko" / "dev.csv", encoding="utf-8") as file:
-        dialogues = [row["dialogue"] for row in csv.DictReader(file)][:5]
+        dialogues = [row["dialogue"] for row in csv.DictReader(file)][:3]
     sources = tokenizer(dialogues, truncation=True, max_length=200)["input_ids"]
     values = {"num_beams": 3, "max_new_tokens": 12, "no_repeat_ngram_size": 3, "repetition_penalty": 1.5}
     settings = resolved(model, **values)

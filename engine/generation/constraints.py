@@ -155,26 +155,27 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 def _can_spell(piece: bytes, blocked: frozenset[str]) -> bool:
-    """Whether this piece, with any pieces around it, can put a blocked character into the text."""
+    """Whether this piece, with any pieces around it, can put a blocked character into the text.
+
+    Bytes at its start that only continue a character were judged with the piece that began it; a character cut short
+    within the piece, and bytes that begin none, come out as U+FFFD.
+    """
     start = 0
-    while start < len(piece) and piece[start] & 0xC0 == 0x80:
-        start += 1  # the end of a character that an earlier piece began
     while start < len(piece):
         size = _length_of(piece[start])
-        part = piece[start : start + size]
-        if any(b & 0xC0 != 0x80 for b in part[1:]):
-            part = part[: 1 + next(n for n, b in enumerate(part[1:]) if b & 0xC0 != 0x80)]  # cut short: nothing
-            start += len(part)
-            continue
-        if any(script in blocked for script in _scripts_between(*_code_points(part, size))):
-            return True
-        start += size
+        rest = piece[start + 1 : start + size]
+        complete = next((n for n, byte in enumerate(rest) if byte & 0xC0 != 0x80), len(rest))
+        if size and complete == len(rest):
+            if not blocked.isdisjoint(_scripts_between(*_code_points(piece[start : start + size], size))):
+                return True
+        start += 1 + complete
     return False
 
 
 def _length_of(lead: int) -> int:
-    """Bytes of the UTF-8 character that begins with `lead` (1 for bytes that begin none)."""
-    return 2 if 0xC2 <= lead <= 0xDF else 3 if 0xE0 <= lead <= 0xEF else 4 if 0xF0 <= lead <= 0xF4 else 1
+    """Bytes of the UTF-8 character that begins with `lead`, 0 for a byte that begins none."""
+    ends = ((0x80, 1), (0xC2, 0), (0xE0, 2), (0xF0, 3), (0xF5, 4))
+    return next((size for end, size in ends if lead < end), 0)
 
 
 def _code_points(part: bytes, size: int) -> tuple[int, int]:

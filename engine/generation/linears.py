@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 
 # Packing reads and writes every weight once, about what three steps read.
 MIN_STEPS_TO_PACK = 8
+# Below this many weights the threads of a layer wait for each other longer than they work.
+MIN_WEIGHTS_TO_PACK = 1 << 16
 
 
 @contextmanager
@@ -54,7 +56,9 @@ def _packed(module: torch.nn.Linear) -> Callable | None:
     Each row's result does not depend on the other rows. Costs a second copy of the weight while it lasts.
     """
     weight, bias = module.weight, module.bias
-    if weight.device.type != "cpu" or weight.dtype != torch.float32 or not _packing_works():
+    if weight.device.type != "cpu" or weight.dtype != torch.float32 or weight.numel() < MIN_WEIGHTS_TO_PACK:
+        return None
+    if not _packing_works():
         return None
     ops = torch.ops.mkldnn
     packed = ops._reorder_linear_weight(weight.detach(), 64)
