@@ -5,7 +5,8 @@
 
 A tiny model trains a dozen updates over and over. Each run is killed (SIGKILL at a named point of a save, at a random
 instant, or at a random instant of a save; on one rank, or on either of two), stopped (SIGTERM), frozen (SIGSTOP of one of
-two ranks), or its disk fails (ENOSPC or EIO at every point of a save), then resumed with `--resume auto`, killed again, and
+two ranks), its disk fails (ENOSPC or EIO at every point of a save), or one rank raises an error in data, update, evaluation
+or save, then resumed with `--resume auto`, killed again, and
 so on until it ends. After every kill all checkpoints are verified; at the end everything logged and the final weights must
 equal an uninterrupted run bit for bit, and the folder must hold what that run's folder holds.
 
@@ -61,18 +62,19 @@ class Plan:
     """What happens to one attempt, and to which rank.
 
     kind: "none"; "point": `action` at the `turn`-th passage of `point`; "time": `action` after `delay` seconds; "save":
-    `action` `delay` seconds into the `turn`-th save.
+    `action` `delay` seconds into the `turn`-th save; "site": an exception in the `turn`-th call of the function `point`.
     """
 
     kind: str = "none"
-    action: str = "kill"  # kill, term, stop, ENOSPC, EIO, interrupt
+    action: str = "kill"  # kill, term, stop, ENOSPC, EIO, interrupt, error, memory
     victim: int = 0
     point: tuple[str, str] = ("", "")
     turn: int = 0
     delay: float = 0.0
 
     def __str__(self) -> str:
-        where = {"point": f"at {'/'.join(self.point)} #{self.turn}", "time": f"after {self.delay:.2f} s"}
+        at = f"at {'/'.join(self.point)} #{self.turn}"
+        where = {"point": at, "site": at, "time": f"after {self.delay:.2f} s"}
         return (
             f"{self.action} of rank {self.victim} {where.get(self.kind, f'{self.delay:.3f} s into save {self.turn}')}"
         )
@@ -99,6 +101,7 @@ class Campaign:
         self.counts: Counter[str] = Counter()
         self.findings: list[str] = []
         self.references: dict[Setting, Reference] = {}
+        self.limit: int | None = None  # most points of a save tried for each setting and fault
 
     # One attempt
 
@@ -198,7 +201,12 @@ class Campaign:
         before = len(self.findings)
         for attempt, plan in enumerate(plans):
             old = {path.name: _tree(path) for path in run.glob("checkpoint-*")} if plan.action in _IO else {}
+            told = _told(run)
             statuses = self.attempt(setting, run, plan)
+            if plan.action in _RAISED and any(statuses) and _told(run) - told != 1:
+                self.findings.append(
+                    f"{setting}: {plan}: told {_told(run) - told} times, see {run.with_suffix('.log')}"
+                )
             self.counts["resumes"] += attempt > 0 and ever_valid
             self._judge(setting, run, plan, statuses, old)
             valid = self._verify(setting, run, plan)
@@ -230,6 +238,8 @@ class Campaign:
             allowed = {75, 76, 0, -signal.SIGTERM}  # 76 and the bare signal: before the first update
         elif plan.action == "interrupt":
             allowed = {76, 1}
+        elif plan.action in _RAISED:
+            allowed = {_RAISED[plan.action]}  # the same code on every rank
         else:
             allowed = {6}
             for name, files in old.items():
@@ -300,6 +310,10 @@ class Campaign:
             return Plan("save", action, victim, turn=turn, delay=delay)
         return Plan("time", action, victim, delay=self.random.uniform(0.1, 1.0) * reference.seconds)
 
+    def some(self, plans: list[Plan]) -> list[Plan]:
+        """A random choice of so many, for a short campaign; all of them otherwise."""
+        return plans if self.limit is None else self.random.sample(plans, min(self.limit, len(plans)))
+
     def point_plans(self, setting: Setting, action: str, victim: int = 0) -> Iterator[Plan]:
         """One plan for each point of a save, each at a random one of the saves."""
         points = self.references[setting].points
@@ -310,6 +324,9 @@ class Campaign:
 
 
 _IO = ("ENOSPC", "EIO")
+_RAISED = {"error": 1, "memory": 8}  # exit codes
+SITES = (("engine.job", "Job.load_window"), ("engine.losses", "summed_cross_entropy"), ("engine.validation", "evaluate"),
+         ("engine.checkpoints", "CheckpointStore._write_rank_files"))  # fmt: skip
 _COUNTED = {
     "kill": "kills",
     "term": "stops",
@@ -318,7 +335,7 @@ _COUNTED = {
     "record": "records",
     "none": "?",
 }
-_COUNTED |= dict.fromkeys(_IO, "I/O errors")
+_COUNTED |= dict.fromkeys(_IO, "I/O errors") | dict.fromkeys(_RAISED, "errors of one rank")
 
 
 # In the forked process
@@ -356,6 +373,9 @@ def _become_rank(
         if plan.kind == "point" and plan.victim == rank:
             _install(plan, run.with_suffix(".points"))
 
+        if plan.kind == "site" and plan.victim == rank:
+            _break(plan)
+
         from engine.outcomes import main_guard
         from engine.train import main
 
@@ -389,6 +409,27 @@ def _install(plan: Plan, record: Path) -> None:
             _act(plan.action)
 
     storage.fail_points.append(meet)
+
+
+def _break(plan: Plan) -> None:
+    """Let the `turn`-th call of a function of the engine raise."""
+    from importlib import import_module
+
+    import torch
+
+    module, name = plan.point
+    owner = import_module(module)
+    for part in name.split(".")[:-1]:
+        owner = getattr(owner, part)
+    original, calls = getattr(owner, name.split(".")[-1]), iter(range(1_000_000))
+    error = ValueError("injected") if plan.action == "error" else torch.OutOfMemoryError("injected")
+
+    def broken(*arguments: Any, **settings: Any) -> Any:
+        if next(calls) == plan.turn:
+            raise error
+        return original(*arguments, **settings)
+
+    setattr(owner, name.split(".")[-1], broken)
 
 
 def _act(action: str) -> None:
@@ -450,6 +491,13 @@ def read_weights(run: Path) -> str:
 
 def _size(run: Path) -> int:
     return sum(path.stat().st_size for path in run.rglob("*") if path.is_file() and path.name != "train.log")
+
+
+def _told(run: Path) -> int:
+    """How often the log of a run's output tells an injected error in its one line."""
+    log = run.with_suffix(".log")
+    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+    return sum("error E" in line and "injected" in line for line in lines)
 
 
 def _status(run: Path) -> dict[str, Any]:
@@ -549,7 +597,7 @@ def kills(campaign: Campaign, settings: list[Setting], trials: int) -> None:
     share = -(-trials // len(corners))
     for setting, victim in corners:
         plans = [campaign.random_plan(setting, victim) for _ in range(share)]
-        plans += campaign.point_plans(setting, "kill", victim)
+        plans += campaign.some(list(campaign.point_plans(setting, "kill", victim)))
         for index, chain in enumerate(chains(campaign, setting, plans, 4)):
             campaign.trial(setting, iter(chain), f"kill-{setting.model}-{setting.ranks}-{victim}-{index}")
         print(f"kills of rank {victim}, {setting}: {dict(campaign.counts)}", flush=True)
@@ -559,7 +607,7 @@ def faults(campaign: Campaign, settings: list[Setting], stops: int) -> None:
     """I/O errors and interrupts at every point, stops at random instants, and frozen ranks."""
     for setting in settings:
         for action in ("ENOSPC", "EIO", "interrupt"):
-            plans = [p for p in campaign.point_plans(setting, action) if not p.point[0].startswith("trash")]
+            plans = campaign.some([p for p in campaign.point_plans(setting, action) if "trash" not in p.point[0]])
             for index, chain in enumerate(chains(campaign, setting, plans, 3)):
                 campaign.trial(setting, iter(chain), f"{action}-{setting.model}-{setting.ranks}-{index}")
         for index in range(stops):
@@ -569,11 +617,17 @@ def faults(campaign: Campaign, settings: list[Setting], stops: int) -> None:
         for victim in range(setting.ranks if setting.ranks > 1 else 0):
             plans = [campaign.random_plan(setting, victim, "stop") for _ in range(max(1, stops // 3))]
             campaign.trial(setting, iter(plans), f"stop-{setting.model}-{victim}")
+        for victim in range(setting.ranks):
+            plans = [
+                Plan("site", action, victim, site, campaign.random.randrange(3)) for site in SITES for action in _RAISED
+            ]
+            for index, chain in enumerate(chains(campaign, setting, campaign.some(plans), 4)):
+                campaign.trial(setting, iter(chain), f"error-{setting.model}-{setting.ranks}-{victim}-{index}")
         print(f"faults, {setting}: {dict(campaign.counts)}", flush=True)
 
 
 def report(campaign: Campaign, seconds: float) -> int:
-    for name in ("runs", "kills", "freezes", "stops", "I/O errors", "interrupts", "resumes"):
+    for name in ("runs", "kills", "freezes", "stops", "I/O errors", "interrupts", "errors of one rank", "resumes"):
         print(f"{name:>36}: {campaign.counts[name]}")
     for name in sorted(campaign.counts):
         if ": " in name:
@@ -603,6 +657,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=240, help="kills at random instants, beside one at every point")
     parser.add_argument("--stops", type=int, default=6, help="SIGTERM trials of each setting (a third as many freezes)")
+    parser.add_argument("--points", type=int, help="try only so many points of a save for each setting and fault")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--models", nargs="+", default=["full", "adapter"], choices=["full", "adapter", "qlora"])
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2], choices=[1, 2])
@@ -616,6 +671,7 @@ def main() -> int:
     print(f"seed {options.seed}, {options.trials} random kills, in {work}", flush=True)
     write_inputs(work)
     campaign = Campaign(work, options.seed)
+    campaign.limit = options.points
     settings = [Setting(model, ranks) for model in options.models for ranks in options.ranks]
     for setting in settings:
         campaign.prepare(setting)
