@@ -25,6 +25,7 @@ _NOT_MODEL = {"engine_state", "manifest.json"}
 
 def finish(job: Job, splits: Splits) -> dict[str, Any]:
     """Everything after the last update. Returns the content of `results.json`."""
+    job.progress.close()
     job.store.wait()
     best = job.state.best_step if job.state.best_step is not None else job.state.saved_step
     checkpoint = job.run_dir / f"checkpoint-{best}"
@@ -37,7 +38,8 @@ def finish(job: Job, splits: Splits) -> dict[str, Any]:
         if job.runtime.is_main:
             write_json_atomically(job.run_dir / "results.json", record)
             append_result(Path(job.recipe.experiment.output_root) / "results.csv", _row(record))
-    log.info("best step %s: %s = %s", best, job.recipe.evaluation.metric, record["best_value"])
+    if record["best_value"] is not None:
+        log.info("best at step %d: %s %.4g", best, record["best_metric"], record["best_value"])
     log.info("final model: %s", record["final_model_path"])
     return record
 

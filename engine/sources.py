@@ -200,7 +200,7 @@ def _check_weights(folder: Path) -> None:
             f"the weights are in pickle files only ({', '.join(pickles[:3])}), which can run code when they are read",
             str(folder),
             NOTHING_LOADED,
-            "get a safetensors version of this model (the hub's conversion service can make one)",
+            "get a safetensors version of this model, or make one: python tools/convert_weights.py --help",
         )
     if not shards:
         raise EngineError(
