@@ -226,31 +226,35 @@ def _resumed_step(found: Path | None, state: TrainerState, folder: RunFolder) ->
 
 
 def plan(recipe: Recipe, runtime: Runtime) -> dict[str, Any]:
-    """The dry run: everything up to the first batch, and what the run would cost."""
+    """The dry run: everything up to the first batch, and what the run would cost, printed and returned."""
     from engine import memory
 
     splits = read_splits(recipe, runtime)
-    estimate = memory.estimate(recipe, world_size=runtime.world_size)
-    log.info("%s", memory.table(estimate, runtime.device))
+    estimate = memory.estimate(
+        recipe, precision=runtime.precision, device=runtime.device, world_size=runtime.world_size
+    )
+    if runtime.is_main:
+        print(memory.table(estimate, runtime.device), flush=True)  # before the model is loaded, which may not fit
     bundle = models.build(recipe, device=runtime.device, precision=runtime.precision)
     encoder = bundle.text_encoder()
     features = data.encode_all(encoder, splits.train, augment=recipe.data.instruction_augmentation)
     sampler = _sampler(recipe, runtime, features)
     _report(recipe, bundle, features, encoder)
     first = bundle.collate([features[row] for row in sampler.window(0, 0)[0]])
-    summary = {
+    counts = {
         "parameters": bundle.report["parameters"],
         "trainable_parameters": bundle.report["trainable_parameters"],
         "updates": total_windows(recipe, sampler.updates_per_epoch),
         "updates_per_epoch": sampler.updates_per_epoch,
         "tokens_per_epoch": sum(feature.length for feature in features),
-        "first_batch": {name: list(tensor.shape) for name, tensor in first.items()},
-        "memory": estimate,
     }
-    for key in ("updates", "updates_per_epoch", "tokens_per_epoch", "first_batch"):
-        log.info("%s: %s", key.replace("_", " "), summary[key])
-    log.info("dry run: nothing was trained and nothing was written")
-    return summary
+    shapes = {name: list(tensor.shape) for name, tensor in first.items()}
+    if runtime.is_main:
+        for key, value in counts.items():
+            print(f"{key.replace('_', ' ')}: {value:,}")
+        print("first batch:", ", ".join(f"{name} {tuple(shape)}" for name, shape in shapes.items()))
+        print("dry run: nothing was trained or written")
+    return counts | {"first_batch": shapes, "memory": estimate}
 
 
 def _report(recipe: Recipe, bundle: ModelBundle, features: list[Feature], encoder: TextEncoder) -> None:

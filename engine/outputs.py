@@ -128,11 +128,11 @@ def _tell(examples: Sequence[Example], summaries: Sequence[Summary], texts: list
     if scored:
         scores = scoring.rouge(texts, references, tokenizer=recipe.evaluation.rouge_tokenizer)
         values = "  ".join(f"{key} {scores[key]:.2f}" for key in ("rouge1", "rouge2", "rougeL", "rouge_mean"))
-        log.info("%s  (%s)", values, scores["rouge_tokenizer"])
+        print(f"{values}  ({scores['rouge_tokenizer_version']})")
     report = scoring.ending_report(texts, references if scored else None, [not summary.ended for summary in summaries])
-    log.info("%s", scoring.ending_text(report))
+    print(scoring.ending_text(report))
     fixes = PostprocessReport()
     for summary in summaries:
         fixes.add(summary.fired)
-    if fixes:
-        log.info("%s", fixes)
+    if fixes.fired:
+        print(fixes)

@@ -153,7 +153,7 @@ def test_predict_command_on_one_and_two_ranks(trained):
             ranks=ranks,
         )
         assert done.returncode == 0, done.stderr[-2000:]
-        assert "rouge1" in done.stderr, "scores are told where the input has summaries"
+        assert "rouge1" in done.stdout, "scores are told where the input has summaries"
         outputs.append(out.read_bytes())
     assert outputs[0] == outputs[1]
     assert outputs[0].decode().splitlines()[0] == ",fname,summary"
@@ -212,7 +212,7 @@ def test_dry_run_writes_nothing(tmp_path):
     done = runs.launch("engine/train.py", recipe, "--dry-run")
     assert done.returncode == 0, done.stderr[-2000:]
     for word in ("updates: 6", "parameters", "first batch"):
-        assert word in done.stderr
+        assert word in done.stdout
     assert not (tmp_path / "run").exists()
 
 
