@@ -142,9 +142,7 @@ def _build(recipe: Recipe, device: torch.device, precision: str) -> ModelBundle:
     base = identify(settings, config, folder)
     model = _with_adapters(model, recipe, adapter, list(pieces), base, folder) if lora else model
     if recipe.training.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if lora and recipe.training.gradient_checkpointing:
-        model.enable_input_require_grads()
+        weights.recompute_activations(model, frozen_embeddings=lora)
     check_trainable_dtype(model)
 
     from engine.prompts import PromptSettings

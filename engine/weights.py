@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,7 +84,16 @@ def load_folder(
             NOTHING_LOADED,
             "use a checkpoint of the whole model with its output head",
         )
+    if is_untied(model):
+        # T5's configuration always says "tied"; believed, it would overwrite the output head at the next resize.
+        model.config.tie_word_embeddings = False
     return model if "device_map" in arguments else model.to(device)
+
+
+def is_untied(model: nn.Module) -> bool:
+    """Whether the output head has weights of its own."""
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is not model.get_input_embeddings().weight
 
 
 @torch.no_grad()
@@ -116,6 +126,19 @@ def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     return model
+
+
+def recompute_activations(model: nn.Module, *, frozen_embeddings: bool) -> None:
+    """Gradient checkpointing, non-reentrant: blocks keep their inputs only and are computed again in the backward pass.
+
+    Args:
+        frozen_embeddings: make their outputs require gradients, without which the first block would have none.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # a coming change of name
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if frozen_embeddings:
+        model.enable_input_require_grads()
 
 
 def unwrap(model: nn.Module) -> nn.Module:
