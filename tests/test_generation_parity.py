@@ -25,6 +25,9 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation import MinLengthLogitsProcessor, StoppingCriteria, StoppingCriteriaList
 from transformers.modeling_outputs import BaseModelOutput
 
+from engine.generation import decoder
+from engine.generation.cache import TreeCache
+
 BEAMS = {"num_beams": 4, "max_new_tokens": 14}
 
 # name -> arguments of generate, run on every family. Ours must run (no hand-back), and equal theirs.
@@ -378,6 +381,32 @@ def test_compaction_changes_nothing(family, early):  # 86, 89
     theirs = reference(model, **inputs, **arguments)
     for compaction in (True, False):
         assert_equal(decode(model, **inputs, **arguments, compaction=compaction), theirs)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("every", [1, 3])
+def test_dropping_dead_slots_changes_nothing(family, every, monkeypatch):
+    dropped = []
+    pick = TreeCache.pick
+
+    def counted(tree, start, order):
+        dropped.append(tree.slot - start - order.shape[1])
+        pick(tree, start, order)
+
+    monkeypatch.setattr(TreeCache, "pick", counted)
+    monkeypatch.setattr(decoder, "PRUNE_EVERY", every)
+    for lengths, seed in (((9, 7, 3), 0), ((2, 8), 1)):
+        model = build(family, seed)
+        check(model, **batch(model, lengths=lengths), num_beams=4, max_new_tokens=30, num_return_sequences=3)
+    assert sum(dropped) > 20
+
+
+@pytest.mark.parametrize("family", ["bart", "t5"])
+def test_sources_in_groups_of_like_length(family):
+    model = shared(family)
+    lengths = (20, 19, 12, 11, 10, 4, 3, 1)
+    ends = {"eos_token_id": [1, 2, 7, 30, 31, 32], "early_stopping": True}
+    check(model, **batch(model, lengths=lengths), num_beams=3, max_new_tokens=30, **ends)
 
 
 class Bonus(LogitsProcessor):

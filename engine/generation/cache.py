@@ -83,9 +83,14 @@ class TreeCache(Cache):
         fill_holes(self.layers, holes, movers, examples)
         self.examples = examples
 
-    def nbytes(self) -> int:
-        """Bytes held, over all layers."""
-        return sum(states.nbytes for layer in self.layers for states in (layer.keys, layer.values))
+    def pick(self, start: int, order: torch.Tensor) -> None:
+        """Keep of the slots from `start` on only those that `order` `[B, m]` names for each example, in that order."""
+        end, count = self.slot, order.shape[1]
+        for layer in self.layers:
+            for states in (layer.keys, layer.values):
+                index = order[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
+                states[:, :, start : start + count] = states[:, :, start:end].gather(2, index)
+        self.slot = start + count
 
 
 def fill_holes(layers, holes: torch.Tensor, movers: torch.Tensor, examples: int) -> None:
@@ -111,17 +116,20 @@ def beam_attention(
     dropout: float = 0.0,
     position_bias: torch.Tensor | None = None,
     slot_positions: torch.Tensor | None = None,
+    source_groups: list[tuple[int, int, int]] | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """Attention of K beams per example over one row of keys per example; an entry of transformers' attention registry.
 
     query: `[B*K, H, 1, D]` (encoder-decoders: beams in the batch) or `[B, H, K, D]` (causal models: beams as tokens).
     key, value: `[B, Hkv, n, D]`. attention_mask: additive `[B, 1, 1 or G*K, n]` with G = H / Hkv, or None.
-    position_bias: T5's `[1, H, 1, n]`, computed as if a slot's number were its position; `slot_positions` `[n]` puts
-    that right, and is ignored by cross-attention, whose bias is all zeros. Returns `[B*K, 1, H, D]` or `[B, K, H, D]`.
+    position_bias: T5's `[1, H, 1, n]`, computed as if a slot's number were its position; `slot_positions` `[B, n]` puts
+    that right. source_groups: for cross-attention, rows `a..b` and the longest source among them. T5's bias of
+    cross-attention is all zeros and ignored. Returns `[B*K, 1, H, D]` or `[B, K, H, D]`.
     """
     rows, heads, tokens, size = query.shape
     examples, kv_heads = key.shape[:2]
+    to_itself = getattr(module, "is_causal", False)
     if rows != examples:
         query = query.reshape(examples, -1, heads, size).transpose(1, 2)
     beams = query.shape[2]
@@ -131,12 +139,22 @@ def beam_attention(
         # transformers masks with the least finite number here, so a source of nothing but padding is averaged.
         if attention_mask is not None:
             attention_mask = attention_mask.clamp(min=torch.finfo(query.dtype).min)
-        if getattr(module, "is_causal", False):
-            position_bias = position_bias.index_select(-1, slot_positions)
-            attention_mask = position_bias if attention_mask is None else position_bias + attention_mask
+        if to_itself:
+            index = slot_positions[:, None, None].expand(-1, heads, -1, -1)
+            attention_mask = position_bias.expand(examples, -1, -1, -1).gather(-1, index) + attention_mask
     if kv_heads != heads:
         query = query.reshape(examples, kv_heads, -1, size)
-    output = scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling)
+    options = {"dropout_p": dropout, "scale": scaling}
+    if source_groups and not to_itself:
+        parts = [
+            scaled_dot_product_attention(
+                query[a:b], key[a:b, :, :n], value[a:b, :, :n], attn_mask=attention_mask[a:b, :, :, :n], **options
+            )
+            for a, b, n in source_groups
+        ]
+        output = torch.cat(parts)
+    else:
+        output = scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, **options)
     output = output.reshape(examples, heads, beams, -1).transpose(1, 2)
     return output.reshape(rows, tokens, heads, -1), None
 

@@ -14,6 +14,11 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from engine.generation.cache import TreeCache, fill_holes
+from engine.generation.encoder import source_lengths
+
+PRUNE_EVERY = 16  # steps; a look costs one device read
+WORTH_PRUNING = 0.7  # share of slots alive above which moving them does not pay
+SAME_LENGTH = 0.75  # sources down to this share of a group's longest join it
 
 
 @dataclass
@@ -46,10 +51,12 @@ class TreeDecoder:
         self.device = prompt.ids.device
         self.visible = self._initial_mask()
         self.next_position = None
-        slots = torch.arange(self.capacity, device=self.device)
-        generated = self.prompt_length + (slots - self.prompt_length).div(beams, rounding_mode="floor")
-        self.slot_positions = torch.where(slots < self.prompt_length, slots, generated)
+        self.cache_bytes = 0
+        # Place of each slot's token in its beam's sequence, `[B, C]`; only relative position biases (T5) ask for it.
+        self.slot_positions = torch.arange(self.capacity, device=self.device).repeat(self.examples, 1)
+        self._unpruned = 0
         self._source_mask = self._additive_source_mask()
+        self._source_groups = self._groups_by_source_length()
 
     # --- the two forward passes -------------------------------------------------------------------------------------
 
@@ -71,6 +78,10 @@ class TreeDecoder:
                 arguments["logits_to_keep"] = 1
         logits = self.model(**arguments).logits[:, -1]
         self.tree.slot = self.tree.position = self.prompt_length
+        layers = list(self.tree.layers)
+        if prompt.encoder_states is not None:
+            layers += self.cache.cross_attention_cache.layers
+        self.cache_bytes = sum(states.nbytes for layer in layers for states in (layer.keys, layer.values))
         return logits
 
     def step(self, tokens: torch.Tensor, parents: torch.Tensor | None) -> torch.Tensor:
@@ -86,7 +97,8 @@ class TreeDecoder:
                 "encoder_outputs": BaseModelOutput(last_hidden_state=self.prompt.encoder_states),
                 "attention_mask": self._source_mask,
                 "decoder_attention_mask": mask,
-                "slot_positions": self.slot_positions[: self.tree.slot + self.beams],
+                "slot_positions": self.slot_positions[:, : self.tree.slot + self.beams],
+                "source_groups": self._source_groups,
             }
         else:
             arguments |= {
@@ -105,8 +117,11 @@ class TreeDecoder:
         examples = rows.numel()
         self.tree.keep(holes, movers, examples)
         self.visible = self.visible.index_select(0, rows)
+        self.slot_positions = self.slot_positions.index_select(0, rows)
         if self.prompt.encoder_states is not None:
             fill_holes(self.cache.cross_attention_cache.layers, holes, movers, examples)
+            # Rows only ever move forward, to wider groups.
+            self._source_groups = [(a, min(b, examples), width) for a, b, width in self._source_groups if a < examples]
             # Only its shape is read from now on: keys and values of the source are in the cache.
             self.prompt.encoder_states = self.prompt.encoder_states[:examples]
             if self._source_mask is not None:
@@ -133,6 +148,11 @@ class TreeDecoder:
         if parents is not None and end > start:
             generated = self.visible[:, :, start:end]
             generated.copy_(generated.gather(1, parents[:, :, None].expand(-1, -1, end - start)))
+            self._unpruned += 1
+            if self._unpruned == PRUNE_EVERY:
+                self._prune()
+        end = self.tree.slot
+        self.slot_positions[:, end : end + self.beams] = self.tree.position
         own = self.visible[:, :, end : end + self.beams]
         own.diagonal(dim1=1, dim2=2).zero_()
         mask = self.visible[:, None, :, : end + self.beams]
@@ -140,6 +160,22 @@ class TreeDecoder:
         if groups == 1:
             return mask
         return mask[:, :, None].expand(-1, -1, groups, -1, -1).reshape(self.examples, 1, groups * self.beams, -1)
+
+    def _prune(self) -> None:
+        """Drop slots that no beam descends from: beams mostly part a few steps back, so most slots die soon."""
+        self._unpruned = 0
+        start, end = self.prompt_length, self.tree.slot
+        generated = self.visible[:, :, start:end]
+        alive = (generated == 0).any(dim=1)
+        count = int(alive.sum(dim=1).max())
+        if count > WORTH_PRUNING * (end - start):
+            return
+        order = alive.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :count]
+        self.tree.pick(start, order)
+        kept = generated.gather(2, order[:, None].expand(-1, self.beams, -1))
+        generated.fill_(float("-inf"))
+        generated[:, :, :count] = kept
+        self.slot_positions[:, start : start + count] = self.slot_positions[:, start:end].gather(1, order)
 
     def _query_groups(self) -> int:
         """G: how many query heads share a key head (1 without grouped-query attention)."""
@@ -166,6 +202,23 @@ class TreeDecoder:
         if self.prompt.encoder_states is None or mask is None or bool((mask != 0).all()):
             return None
         return torch.zeros(mask.shape, device=self.device).masked_fill_(mask == 0, float("-inf"))[:, None, None]
+
+    def _groups_by_source_length(self) -> list[tuple[int, int, int]]:
+        """Rows `a..b` whose sources are about equally long, and the longest of them: `[(a, b, width)]`.
+
+        Cross-attention then reads less padding. Only on a CPU, where calls are cheap, and for rows sorted by length.
+        """
+        mask = self.prompt.mask
+        if self._source_mask is None or self.device.type != "cpu":
+            return []
+        lengths = source_lengths(mask)
+        if lengths != sorted(lengths, reverse=True):
+            return []
+        starts = [0]
+        for row, length in enumerate(lengths):
+            if length < SAME_LENGTH * lengths[starts[-1]]:
+                starts.append(row)
+        return [(a, b, lengths[a]) for a, b in zip(starts, [*starts[1:], len(lengths)], strict=True)]
 
 
 def _accepts(model: torch.nn.Module, argument: str) -> bool:

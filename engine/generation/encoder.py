@@ -21,7 +21,7 @@ def encode(model: torch.nn.Module, input_ids: torch.Tensor, attention_mask: torc
     if input_ids.device.type != "cpu":
         return encoder(input_ids=input_ids, attention_mask=attention_mask, return_dict=True).last_hidden_state
     states = None
-    for rows, width in _groups(_lengths(attention_mask)):
+    for rows, width in _groups(source_lengths(attention_mask)):
         part = encoder(
             input_ids=input_ids[rows, :width], attention_mask=attention_mask[rows, :width], return_dict=True
         ).last_hidden_state
@@ -31,7 +31,7 @@ def encode(model: torch.nn.Module, input_ids: torch.Tensor, attention_mask: torc
     return states
 
 
-def _lengths(mask: torch.Tensor) -> list[int]:
+def source_lengths(mask: torch.Tensor) -> list[int]:
     """Place after the last real token of each row, `[B]`; the full width for a row without any."""
     width = mask.shape[1]
     places = torch.arange(1, width + 1, device=mask.device)

@@ -99,7 +99,7 @@ class Search:
                 decoded = self._beam_search(decoder, logits, chain, generation_config)
             else:
                 decoded = self._sample(decoder, logits, chain, generation_config)
-        decoded.cache_bytes = decoder.tree.nbytes()
+        decoded.cache_bytes = decoder.cache_bytes
         return decoded
 
     # --- beams ------------------------------------------------------------------------------------------------------

@@ -1,0 +1,330 @@
+"""Speed of decoding: transformers' `generate`, ours, and CTranslate2 on the same model, inputs and settings.
+
+    python tools/bench/generate.py kobart                 # 16 dialogues x 5 beams, 60 new tokens each
+    python tools/bench/generate.py trained-like           # 100 dialogues whose outputs end at different lengths
+    python tools/bench/generate.py qwen3                  # causal, real vocabulary, prompts of 300-400 tokens
+    python tools/bench/generate.py kobart --device cuda --dtype float32 --output tools/bench/results/kobart-cuda.json
+
+Weights are random (shapes and tokenizers are real), inputs are real dialogues out of `--data`. Contenders take turns,
+so that a busy machine slows all of them; ratios are medians over rounds of the other's time by ours in the same round.
+Tokens are compared with `generate`'s; a difference is accepted only as a tie (see `tie_gap`). CTranslate2, where it is
+installed, runs float32 on the CPU with the same beams and lengths; its search differs in details, so only its time counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import torch
+import transformers
+from transformers import AutoTokenizer, BartConfig, BartForConditionalGeneration, GenerationConfig
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from engine.generation import GenerationSettings, Hypothesis, generate_all
+from engine.generation.api import pad
+from engine.generation.search import Search
+
+TIE = 2e-4  # accumulated log-probability; float32 rounding of two summation orders stays far below
+
+
+@dataclass
+class Case:
+    """What is decoded. `batch_size`: of `generate`, in input order; `results` per contender are token ids per prompt."""
+
+    name: str
+    model: torch.nn.Module
+    tokenizer: object
+    prompts: list[list[int]]
+    values: dict
+    batch_size: int
+    pad_id: int
+
+    @property
+    def encoder_decoder(self) -> bool:
+        return self.model.config.is_encoder_decoder
+
+    def settings(self) -> GenerationSettings:
+        return GenerationSettings.resolve(
+            self.values | {"repetition_scope": "all"},
+            model_generation_config=self.model.generation_config,
+            is_encoder_decoder=self.encoder_decoder,
+        )
+
+
+# --- cases ----------------------------------------------------------------------------------------------------------
+
+
+def dialogues(data: Path, count: int) -> list[str]:
+    with open(data / "dialogsum_ko" / "test.csv", encoding="utf-8") as file:
+        return [row["dialogue"] for row in csv.DictReader(file)][:count]
+
+
+def kobart(data: Path, count: int, new_tokens: int) -> Case:
+    """KoBART's exact shape. Weights wider than its training start (0.02), so that candidates are apart."""
+    folder = data / "tokenizers" / "kobart"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    torch.manual_seed(0)
+    model = BartForConditionalGeneration(BartConfig.from_pretrained(folder, init_std=0.06)).eval()
+    model.generation_config = GenerationConfig.from_pretrained(folder)
+    prompts = tokenizer(dialogues(data, count), truncation=True, max_length=512)["input_ids"]
+    values = {"num_beams": 5, "max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
+    return Case("kobart", model, tokenizer, prompts, values, 16, tokenizer.pad_token_id)
+
+
+def trained_like(data: Path, count: int, new_tokens: int) -> Case:
+    """The same, but outputs end by themselves, at lengths spread as a trained model's are (mean about a third of the cap).
+
+    The end token's bias is searched for, on the first prompts, until the mean length fits.
+    """
+    case = kobart(data, count, new_tokens)
+    case.name = "trained-like"
+    case.batch_size = 20
+    case.values = {"num_beams": 5, "max_new_tokens": new_tokens, "min_new_tokens": 8, "early_stopping": True}
+    bias = case.model.final_logits_bias
+    low, high = 0.0, 40.0
+    for _ in range(7):
+        bias[0, 1] = (low + high) / 2
+        found = generate_all(case.model, case.prompts[:8], case.settings(), pad_token_id=case.pad_id)
+        mean = sum(len(h[0].token_ids) for h in found) / len(found)
+        low, high = (low, float(bias[0, 1])) if mean < new_tokens / 3 else (float(bias[0, 1]), high)
+    return case
+
+
+def qwen3(data: Path, count: int, new_tokens: int) -> Case:
+    """Real vocabulary, hidden 512, 8 layers; prompts of 300-400 tokens cut from joined dialogues."""
+    tokenizer = AutoTokenizer.from_pretrained(data / "tokenizers" / "qwen3")
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=512,
+        intermediate_size=1536,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=64,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.06,
+    )
+    model = Qwen3ForCausalLM(config).eval()
+    stream = tokenizer("\n".join(dialogues(data, 60)))["input_ids"]
+    lengths = [300 + 100 * i // max(count - 1, 1) for i in range(count)]
+    prompts = [stream[400 * i : 400 * i + length] for i, length in enumerate(lengths)]
+    values = {"num_beams": 5, "max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
+    return Case("qwen3", model, tokenizer, prompts, values, count, tokenizer.pad_token_id)
+
+
+CASES = {"kobart": (kobart, 16, 60), "trained-like": (trained_like, 100, 100), "qwen3": (qwen3, 8, 60)}
+
+
+# --- contenders: each returns token ids per prompt ------------------------------------------------------------------
+
+
+def run_generate(case: Case) -> list[list[int]]:
+    rows: list[list[int]] = []
+    for first in range(0, len(case.prompts), case.batch_size):
+        ids, mask = inputs_of(case, case.prompts[first : first + case.batch_size])
+        out = case.model.generate(input_ids=ids, attention_mask=mask, **hf_values(case))
+        start = 1 if case.encoder_decoder else ids.shape[1]
+        rows += out[:, start:].tolist()
+    return rows
+
+
+def run_ours(case: Case) -> list[list[int]]:
+    found: list[list[Hypothesis]] = generate_all(
+        case.model, case.prompts, case.settings(), pad_token_id=case.pad_id, max_batch_size=32
+    )
+    return [results[0].token_ids for results in found]
+
+
+def ctranslate2_contender(case: Case, threads: int) -> Callable[[Case], list[list[int]]] | None:
+    """Converts the model once; None where CTranslate2 is missing or cannot read it."""
+    try:
+        import ctranslate2
+        from ctranslate2.converters import TransformersConverter
+    except ImportError:
+        return None
+    folder = tempfile.mkdtemp(prefix="bench-ct2-")
+    case.model.save_pretrained(f"{folder}/hf")
+    case.tokenizer.save_pretrained(f"{folder}/hf")
+    try:
+        TransformersConverter(f"{folder}/hf").convert(f"{folder}/ct2", force=True)
+    except Exception as error:  # another library's converter: whatever it raises, the benchmark goes on without it
+        print(f"CTranslate2 cannot convert {case.name}: {error}", file=sys.stderr)
+        return None
+    translator = ctranslate2.Translator(f"{folder}/ct2", device="cpu", compute_type="float32", intra_threads=threads)
+    sources = [case.tokenizer.convert_ids_to_tokens(prompt) for prompt in case.prompts]
+    limits = {"max_decoding_length": case.values["max_new_tokens"]}
+    limits["min_decoding_length"] = case.values.get("min_new_tokens", 1)
+
+    def run(case: Case) -> list[list[int]]:
+        results = translator.translate_batch(
+            sources, beam_size=case.values["num_beams"], max_batch_size=16, return_scores=False, **limits
+        )
+        return [case.tokenizer.convert_tokens_to_ids(result.hypotheses[0]) for result in results]
+
+    return run
+
+
+def inputs_of(case: Case, prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    return pad(prompts, case.pad_id, left=not case.encoder_decoder, device=case.model.device)
+
+
+def hf_values(case: Case) -> dict:
+    return {"max_length": None} | case.values
+
+
+# --- tokens and memory ----------------------------------------------------------------------------------------------
+
+
+def compare(case: Case, ours: list[list[int]], theirs: list[list[int]]) -> dict:
+    """Examples with equal tokens, and the tie gap of each that differs."""
+    gaps = {}
+    for i, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
+        if mine != other[: len(mine)]:
+            gaps[i] = tie_gap(case, case.prompts[i], mine, other)
+    return {"examples": len(ours), "equal": len(ours) - len(gaps), "tie_gaps": gaps}
+
+
+def tie_gap(case: Case, prompt: list[int], mine: list[int], other: list[int]) -> float:
+    """Accumulated score by which `generate` tells the two apart where they first differ, from its own step scores."""
+    ids, mask = inputs_of(case, [prompt])
+    out = case.model.generate(
+        input_ids=ids, attention_mask=mask, **hf_values(case), return_dict_in_generate=True, output_scores=True
+    )
+    step = next(i for i, (a, b) in enumerate(zip(mine, other, strict=False)) if a != b)
+    start = 1 if case.encoder_decoder else ids.shape[1]
+    if out.sequences[0, start : start + step].tolist() != mine[:step]:
+        return float("inf")
+    beam = int(out.beam_indices[0, step])
+    scores = out.scores[step][beam]
+    return abs(float(scores[mine[step]] - scores[other[step]]))
+
+
+def cache_bytes(case: Case) -> dict:
+    """Bytes of keys and values at the end of the first batch: ours against `generate`'s (without its copies)."""
+    ids, mask = inputs_of(case, case.prompts[: case.batch_size])
+    arguments = {"input_ids": ids, "attention_mask": mask, "return_dict_in_generate": True} | hf_values(case)
+    cache = case.model.generate(**arguments).past_key_values
+    parts = [cache.self_attention_cache, cache.cross_attention_cache] if case.encoder_decoder else [cache]
+    theirs = sum(t.nbytes for part in parts for layer in part.layers for t in (layer.keys, layer.values))
+    ours = case.model.generate(**arguments, custom_generate=Search()).cache_bytes
+    return {"ours": ours, "generate": theirs, "ratio": ours / theirs}
+
+
+# --- measuring ------------------------------------------------------------------------------------------------------
+
+
+def timed(run: Callable[[Case], list[list[int]]], case: Case) -> tuple[float, list[list[int]]]:
+    """Wall seconds and result."""
+    if case.model.device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    result = run(case)
+    if case.model.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, result
+
+
+def measure(case: Case, contenders: dict[str, Callable], rounds: int) -> dict:
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    results: dict[str, list[list[int]]] = {}
+    order = list(contenders)
+    for number in range(rounds):
+        for name in order if number % 2 == 0 else reversed(order):
+            taken, results[name] = timed(contenders[name], case)
+            seconds[name].append(taken)
+            print(f"  round {number + 1} {name:12} {taken:8.2f} s", file=sys.stderr)
+    ratios = {
+        name: statistics.median(a / b for a, b in zip(times, seconds["ours"], strict=True))
+        for name, times in seconds.items()
+        if name != "ours"
+    }
+    lengths = [len(ids) for ids in results["ours"]]
+    return {
+        "seconds": seconds,
+        "median_seconds": {name: statistics.median(times) for name, times in seconds.items()},
+        "times_ours": ratios,
+        "tokens": compare(case, results["ours"], results["generate"]) if "generate" in results else None,
+        "new_tokens": {"mean": statistics.mean(lengths), "min": min(lengths), "max": max(lengths)},
+    }
+
+
+def environment(arguments: argparse.Namespace) -> dict:
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+    try:
+        import ctranslate2
+
+        versions["ctranslate2"] = ctranslate2.__version__
+    except ImportError:
+        pass
+    cuda = torch.cuda.get_device_name() if arguments.device == "cuda" else None
+    return {
+        "versions": versions,
+        "device": cuda or platform.processor() or platform.machine(),
+        "dtype": arguments.dtype,
+        "threads": torch.get_num_threads(),
+        "cpus": os.cpu_count(),
+    }
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("case", choices=CASES)
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="tokenizers and dialogues")
+    parser.add_argument("--examples", type=int, help="how many prompts (default: the case's own)")
+    parser.add_argument("--new-tokens", type=int, help="most new tokens (default: the case's own)")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--only", nargs="+", choices=["generate", "ours", "ctranslate2"], help="contenders")
+    parser.add_argument("--output", type=Path, help="write the result as JSON")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse(argv)
+    if not arguments.data.exists():
+        print(f"no data at {arguments.data}: give --data", file=sys.stderr)
+        return 2
+    torch.set_num_threads(arguments.threads)
+    build, examples, new_tokens = CASES[arguments.case]
+    case = build(arguments.data, arguments.examples or examples, arguments.new_tokens or new_tokens)
+    case.model.to(device=arguments.device, dtype=getattr(torch, arguments.dtype))
+    contenders: dict[str, Callable] = {"generate": run_generate, "ours": run_ours}
+    if arguments.device == "cpu" and case.encoder_decoder and "ctranslate2" in (arguments.only or ["ctranslate2"]):
+        if (run := ctranslate2_contender(case, arguments.threads)) is not None:
+            contenders["ctranslate2"] = run
+    contenders = {name: run for name, run in contenders.items() if name in (arguments.only or contenders)}
+    load_before = os.getloadavg()[0]
+    with torch.inference_mode(False), torch.no_grad():
+        result = {"case": case.name, "settings": case.values, "examples": len(case.prompts)}
+        result |= environment(arguments) | measure(case, contenders, arguments.rounds)
+        result["cache_bytes"] = cache_bytes(case) if "generate" in contenders else None
+    result["load_average"] = {"before": load_before, "after": os.getloadavg()[0]}
+    print(json.dumps({k: v for k, v in result.items() if k != "seconds"}, indent=2))
+    if arguments.output:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    tokens = result["tokens"]
+    return 0 if tokens is None or all(gap < TIE for gap in tokens["tie_gaps"].values()) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
