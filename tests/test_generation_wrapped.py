@@ -68,6 +68,27 @@ def test_prompt_learning_is_refused():
         generate(model, **batch(model), settings=GenerationSettings(max_new_tokens=3))
 
 
+def test_adapter_on_four_bit_layers_takes_part():
+    """peft's layer around a 4-bit one has the same class name; decoding once went on with the bare base."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    peft = pytest.importorskip("peft")
+    model = build("llama", hidden_size=64, intermediate_size=128, head_dim=16)
+    for layer in model.model.layers:
+        for name in ("q_proj", "v_proj"):
+            plain = getattr(layer.self_attn, name)
+            packed = bitsandbytes.nn.Linear4bit(plain.in_features, plain.out_features, bias=False, quant_type="nf4")
+            packed.weight = bitsandbytes.nn.Params4bit(plain.weight.data, requires_grad=False, quant_type="nf4")
+            setattr(layer.self_attn, name, packed.to("cpu"))
+    model.is_loaded_in_4bit = True
+    config = peft.LoraConfig(r=4, target_modules=TARGETS["llama"], task_type="CAUSAL_LM", init_lora_weights=False)
+    model = peft.get_peft_model(model, config).eval()
+    inputs = batch(model)
+    ours = generate(model, **inputs, settings=resolved(model, **RULES)).sequences.tolist()
+    assert ours == new_tokens(model, inputs, **RULES)
+    with model.disable_adapter():
+        assert ours != new_tokens(model, inputs, **RULES)
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_four_bit(family):  # 92
     bitsandbytes = pytest.importorskip("bitsandbytes")

@@ -42,7 +42,8 @@ def fast_linears(model: torch.nn.Module, steps: int) -> Iterator[None]:
 def _fast_forward(module: torch.nn.Module) -> Callable | None:
     if type(module) is torch.nn.Linear:
         return _packed(module)
-    if type(module).__name__ == "Linear4bit":
+    # By module too: peft's adapter around a 4-bit layer bears the same name, and its own forward must stay.
+    if type(module).__name__ == "Linear4bit" and type(module).__module__.startswith("bitsandbytes."):
         return _dequantised(module)
     return None
 
