@@ -19,18 +19,18 @@ import tempfile
 import time
 from pathlib import Path
 
-import fault_campaign as campaign
-from fault_campaign import UPDATES, Campaign, Plan, Setting
+import fault_lab
+from fault_lab import UPDATES, Lab, Plan, Setting
 
 EVERY_UPDATE = ["checkpoint.steps=1", "checkpoint.save_total_limit=null", "evaluation.steps=5"]
 
 
-def check(lab: Campaign, setting: Setting, every: int) -> list[str]:
+def check(lab: Lab, setting: Setting, every: int) -> list[str]:
     """Resume one setting from each `every`-th update; returns the differences found."""
     reference = lab.work / f"matrix-{setting.model}-{setting.precision}-{setting.ranks}"
     if any(statuses := lab.attempt(setting, reference, Plan())):
         return [f"{setting}: the uninterrupted run ended with {statuses}, see {reference.with_suffix('.log')}"]
-    findings, rows = [], campaign.read_rows(reference)
+    findings, rows = [], fault_lab.read_rows(reference)
     skipped = max(row.get("skipped_updates", 0) for row in rows)
     for step in range(1, UPDATES, every):
         run = lab.work / f"{reference.name}-from-{step}"
@@ -41,9 +41,9 @@ def check(lab: Campaign, setting: Setting, every: int) -> list[str]:
             (run / name).unlink()
         statuses = lab.attempt(setting, run, Plan(), resume=str(run / f"checkpoint-{step}"))
         problems = [f"ended with {statuses}, see {run.with_suffix('.log')}"] if any(statuses) else []
-        if not problems and campaign.read_rows(run) != rows:
+        if not problems and fault_lab.read_rows(run) != rows:
             problems.append("logged rows differ")
-        if not problems and campaign.read_weights(run) != campaign.read_weights(reference):
+        if not problems and fault_lab.read_weights(run) != fault_lab.read_weights(reference):
             problems.append("final weights or optimizer states differ")
         findings += [f"{setting}: resumed at update {step}: {problem} in {run}" for problem in problems]
         if not problems:
@@ -62,12 +62,12 @@ def main() -> int:
     parser.add_argument("--precisions", nargs="+", default=["fp32", "fp16"])
     parser.add_argument("--keep", metavar="FOLDER", help="work there and keep the runs with findings")
     options = parser.parse_args()
-    campaign.import_once()
+    fault_lab.import_once()
     began = time.monotonic()
     work = Path(options.keep or tempfile.mkdtemp(prefix="matrix-")).absolute()
     work.mkdir(parents=True, exist_ok=True)
-    campaign.write_inputs(work)
-    lab = Campaign(work, seed=0, overrides=EVERY_UPDATE)
+    fault_lab.write_inputs(work)
+    lab = Lab(work, EVERY_UPDATE)
     findings = []
     for model in options.models:
         for precision in options.precisions:
