@@ -6,6 +6,9 @@ import os
 import subprocess
 import sys
 
+import pytest
+
+pytestmark = pytest.mark.slow
 ALARM = """
 import sys
 sys.path[:0] = [{root!r}, {tools!r}]

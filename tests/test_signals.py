@@ -26,6 +26,8 @@ from engine.train import main
 storage.fail_points.append(lambda point, path: time.sleep(30) if point == "before-manifest" else None)
 sys.exit(main_guard(main))
 """
+FULL = pytest.mark.skipif("FULL_TESTS" not in os.environ, reason="minutes of launching; set FULL_TESTS=1")
+pytestmark = pytest.mark.slow
 ENDS_WITHIN = 10.0  # seconds, on an idle machine
 
 
@@ -111,7 +113,7 @@ def _cases():
     for launcher, ranks in CASES:
         for kind in ("TERM", "INT"):
             quick = (launcher, ranks, kind) in QUICK
-            yield pytest.param(launcher, ranks, kind, marks=() if quick else pytest.mark.slow)
+            yield pytest.param(launcher, ranks, kind, marks=() if quick else FULL)
 
 
 @pytest.mark.parametrize(("launcher", "ranks", "kind"), list(_cases()))
@@ -136,7 +138,7 @@ def test_a_stop_saves_and_ends(tmp_path, root, launcher, ranks, kind):
 
 @pytest.mark.parametrize(
     ("launcher", "ranks"),
-    [pytest.param(*case, marks=() if case == ("torchrun", 2) else pytest.mark.slow) for case in CASES],
+    [pytest.param(*case, marks=() if case == ("torchrun", 2) else FULL) for case in CASES],
 )
 def test_usr1_saves_and_goes_on_and_one_rank_stops_all(tmp_path, root, launcher, ranks):
     """Sent to the last worker alone: the ranks agree, save one checkpoint, train on, then stop at the same step."""
@@ -158,7 +160,7 @@ def test_usr1_saves_and_goes_on_and_one_rank_stops_all(tmp_path, root, launcher,
 
 @pytest.mark.parametrize(
     ("launcher", "ranks"),
-    [pytest.param(*case, marks=() if case == ("python", 1) else pytest.mark.slow) for case in CASES],
+    [pytest.param(*case, marks=() if case == ("python", 1) else FULL) for case in CASES],
 )
 def test_a_second_stop_gives_up_at_once(tmp_path, root, launcher, ranks):
     """During a save that would take half a minute: the temporary folder goes, the code is 76."""
