@@ -9,6 +9,7 @@ import sys
 import pytest
 import tiny
 import torch
+from generation_toys import one_thread  # noqa: F401
 
 from engine import adapters, models
 from engine.errors import EngineError

@@ -7,6 +7,7 @@ import json
 import pytest
 import tiny
 import torch
+from generation_toys import one_thread  # noqa: F401
 
 from engine import adapters, memory, models, optim
 from engine.losses import summed_cross_entropy

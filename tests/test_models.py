@@ -12,6 +12,7 @@ import time
 import pytest
 import tiny
 import torch
+from generation_toys import one_thread  # noqa: F401
 
 from engine import models, sources, tokenization, weights
 from engine.errors import EngineError
