@@ -6,11 +6,11 @@ import logging
 import os
 import re
 import sys
-import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unicodedata import east_asian_width
 
 from engine.errors import EngineError
 from engine.storage import free_bytes, read_json, storage_error, write_json_atomically
@@ -238,6 +238,22 @@ class RunStatus:
 # Log
 
 
+def wrap(line: str, width: int = _WIDTH) -> list[str]:
+    """A line cut at spaces to so many columns of a terminal, where Hangul takes two; what follows is indented."""
+    lines, used = [""], 0
+
+    def columns_of(text: str) -> int:
+        return sum(2 if east_asian_width(letter) in "WF" else 1 for letter in text)
+
+    for word in re.findall(r"\s*\S+", line):  # each with the spaces before it, which separate fields
+        if used and used + columns_of(word) > width:
+            lines.append("")
+            word, used = f"  {word.lstrip()}", 0
+        lines[-1] += word
+        used += columns_of(word)
+    return lines
+
+
 class _Console(logging.Handler):
     """Lines of at most 100 columns on stderr, written above a progress bar where one is drawn."""
 
@@ -247,11 +263,7 @@ class _Console(logging.Handler):
             if record.levelno < logging.WARNING
             else f"{record.levelname.lower()}: {record.getMessage()}"
         )
-        lines = [
-            part
-            for line in text.splitlines()
-            for part in (textwrap.wrap(line, _WIDTH, subsequent_indent="  ") or [""])
-        ]
+        lines = [part for line in text.splitlines() for part in wrap(line)]
         if "tqdm" in sys.modules:
             sys.modules["tqdm"].tqdm.write("\n".join(lines), file=sys.stderr)
         else:

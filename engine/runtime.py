@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine import errors
+from engine import errors, stopping
 from engine.errors import EngineError
 from engine.outcomes import Outcome, main_guard, prefix
 from engine.ranks import RankGroup, as_engine_error
@@ -173,7 +173,11 @@ class Runtime(AbstractContextManager):
 
     def requests(self) -> int:
         """At an update boundary: stopping.NOTHING, SAVE or STOP, the same on every rank. One small collective."""
-        return self.ranks.highest(self.signals.take())
+        request = self.ranks.highest(self.signals.take())
+        if request == stopping.STOP:
+            # Should the launcher lose patience during the save and kill, this is what remains to be read.
+            self.status.write(errors.STOPPED_UNSAVED, "told to stop; the save was not finished in time")
+        return request
 
     def stop(self, *, saved: bool) -> None:
         """End the run on request: exit code 75 if `saved`, else 76. Raises Stopped."""

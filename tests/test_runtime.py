@@ -305,6 +305,19 @@ def test_a_failed_save_while_stopping_is_76(tmp_path):
     assert "disk full" in json.loads((tmp_path / "run" / "run_status.json").read_text())["reason"]
 
 
+def test_a_stop_that_is_killed_before_it_is_done_reads_as_unsaved(tmp_path):
+    recipe = recipe_for(tmp_path, output_dir=str(tmp_path / "run"))
+    with pytest.raises(Stopped), runtime.start(recipe) as started:
+        started.open_run(recipe)
+        started.signals.enter_loop()
+        assert started.requests() == stopping.NOTHING
+        os.kill(os.getpid(), signal.SIGTERM)
+        started.requests()
+        assert json.loads((tmp_path / "run" / "run_status.json").read_text())["code"] == 76
+        started.stop(saved=True)
+    assert json.loads((tmp_path / "run" / "run_status.json").read_text())["code"] == 75
+
+
 def test_the_log_holds_early_lines_and_no_colours(tmp_path, capsys):
     recipe = recipe_for(tmp_path, output_dir=str(tmp_path / "run"))
     with runtime.start(recipe) as started:
@@ -315,6 +328,17 @@ def test_the_log_holds_early_lines_and_no_colours(tmp_path, capsys):
     assert "said before there was a folder" in text and "가나다" in text and "\x1b" not in text
     console = capsys.readouterr().err
     assert "warning: said before" in console and max(map(len, console.splitlines())) <= 100
+
+
+def test_wrapping_counts_columns():
+    from unicodedata import east_asian_width
+
+    text = "  " + "요약은 짧고 정확하게 " * 20 + "x" * 130 + " end"
+    lines = runfolder.wrap(text)
+    assert " ".join(line.strip() for line in lines) == text.strip() and lines[0].startswith("  요약은")
+    widths = [sum(2 if east_asian_width(letter) in "WF" else 1 for letter in line) for line in lines]
+    assert [width for width in widths if width > 100] == [132], "a word longer than a line stays whole"
+    assert runfolder.wrap("") == [""] and runfolder.wrap("a  b   c") == ["a  b   c"]
 
 
 # Signals
