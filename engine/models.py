@@ -313,6 +313,7 @@ def load_trained(
     precision: str | None = None,
     base: str | None = None,
     offload_folder: Path | None = None,
+    four_bit: bool = True,
 ) -> ModelBundle:
     """A trained model for prediction: final_model, a checkpoint, any Hugging Face model or PEFT adapter folder.
 
@@ -320,12 +321,15 @@ def load_trained(
         precision: type of the weights; None: bf16 where the GPU has it, else fp32.
         base: replaces the base that an adapter names.
         offload_folder: where weights go that do not fit on the device (one process only).
+        four_bit: False loads the base of an adapter that was trained on 4 bits in full.
 
     Raises:
         EngineError: E4 where the folder is unusable or its prompt settings were changed.
     """
     with _quiet_transformers(), _seeded(0):
-        return _load_trained(Path(path), device, precision or default_precision(device), base, offload_folder)
+        return _load_trained(
+            Path(path), device, precision or default_precision(device), base, offload_folder, four_bit=four_bit
+        )
 
 
 def default_precision(device: torch.device) -> str:
@@ -334,7 +338,7 @@ def default_precision(device: torch.device) -> str:
 
 
 def _load_trained(
-    folder: Path, device: torch.device, precision: str, base: str | None, offload_folder: Path | None
+    folder: Path, device: torch.device, precision: str, base: str | None, offload_folder: Path | None, *, four_bit: bool
 ) -> ModelBundle:
     from engine.recipe import Model, Quantization
 
@@ -353,7 +357,7 @@ def _load_trained(
     tokenizer = tokenization.load_tokenizer(folder if tokenization.has_tokenizer(folder) else base_folder)
     tokenization.ensure_end_and_pad(tokenizer, str(folder))
 
-    quantization = record.get("quantization")
+    quantization = record.get("quantization") if four_bit else None
     bits = adapters.quantization_config(Quantization(**quantization), precision, device) if quantization else None
     model = weights.load_folder(
         base_folder,

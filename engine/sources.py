@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -194,17 +195,16 @@ def _check_weights(folder: Path) -> None:
                 "copy the file in",
             )
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLE_SUFFIXES)
-    if not shards and pickles:
+    if not shards:
+        what = "the folder holds no weights (*.safetensors)"
+        if pickles:
+            what = f"the weights are in pickle files only ({', '.join(pickles[:3])}), which can run code when they are read"
         raise EngineError(
             "E4.3",
-            f"the weights are in pickle files only ({', '.join(pickles[:3])}), which can run code when they are read",
+            what,
             str(folder),
             NOTHING_LOADED,
-            "get a safetensors version of this model, or make one: python tools/convert_weights.py --help",
-        )
-    if not shards:
-        raise EngineError(
-            "E4.3", "the folder holds no weights (*.safetensors)", str(folder), NOTHING_LOADED, "check the path"
+            "older models come as pickle files: convert once with python tools/convert_weights.py NAME FOLDER",
         )
 
 
@@ -283,3 +283,21 @@ def weights_hash(folder: Path) -> str | None:
                 file.seek(max(0, size - _SAMPLE_BYTES) * sample // (_SAMPLES - 1))
                 digest.update(file.read(_SAMPLE_BYTES))
     return digest.hexdigest() if shards else None
+
+
+def stored_types(folder: Path) -> dict[str, int]:
+    """Number of the folder's weights by safetensors type (F32, BF16, F16, ...)."""
+    from safetensors import SafetensorError, safe_open
+
+    found: dict[str, int] = {}
+    for shard in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(shard, framework="pt") as file:
+                for key in file.keys():
+                    part = file.get_slice(key)
+                    size = math.prod(part.get_shape())
+                    found[part.get_dtype()] = found.get(part.get_dtype(), 0) + size
+        except (OSError, SafetensorError) as error:
+            what = f"unreadable weight file: {first_line(error)}"
+            raise EngineError("E4.8", what, str(shard), NOTHING_LOADED, "download it again") from error
+    return found
