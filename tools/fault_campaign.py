@@ -52,6 +52,7 @@ class Reference:
     rows: list[dict[str, Any]]
     weights: str
     names: set[str]
+    best: int
     size: int
     seconds: float
     save_seconds: float
@@ -175,9 +176,14 @@ class Campaign:
         if problems:
             self.counts["mismatches"] += 1
         names = {name for name in fault_lab.names(run) if not name.startswith("run_status.rank")}
-        if names != reference.names:
+        saved, expected = ({n for n in some if n.startswith("checkpoint-")} for some in (names, reference.names))
+        if names - saved != reference.names - expected or len(saved) > len(expected):
             self.counts["leftovers"] += 1
             problems.append(f"names differ: {sorted(names ^ reference.names)}")
+        # A stop saves at a step of its own, which then counts among the latest two; the last and the best are always there.
+        best = json.loads((run / "best.json").read_text())["step"]
+        if not {f"checkpoint-{UPDATES}", f"checkpoint-{best}"} <= saved or best != reference.best:
+            problems.append(f"best is {best}, saved are {sorted(saved)}")
         if fault_lab.size(run) > 1.2 * reference.size:
             problems.append("the folder has grown")
         self.findings += [f"{setting}: {problem} in {run}" for problem in problems]
@@ -199,6 +205,7 @@ class Campaign:
         save_seconds = sorted(end - begin for begin, end in zip(begins, ends, strict=False))[len(ends) // 2]
         points = sorted({(point, fault_lab.stable(file)) for point, file, _ in record})
         facts = {"names": fault_lab.names(run) - {"run_status.rank1.json"}, "size": fault_lab.size(run)}
+        facts["best"] = json.loads((run / "best.json").read_text())["step"]
         self.references[setting] = Reference(fault_lab.read_rows(run), fault_lab.read_weights(run), **facts, seconds=seconds,
                                              save_seconds=save_seconds, points=points)  # fmt: skip
         print(
