@@ -21,67 +21,43 @@ from transformers.modeling_utils import AttentionInterface
 ATTENTION_NAME = "beams_share_keys"
 
 
-class TreeLayer(CacheLayerMixin):
-    """Keys and values of one layer, `[B, H, C, D]`, allocated once, written at `cache.slot`, never reordered."""
+class RowCache(Cache):
+    """A cache with one row per example, allocated once.
 
-    is_sliding = False
+    `rows` (first, end) are the examples that the model runs on just now: all of them, but for a prefill in groups.
+    """
 
-    def __init__(self, tree: TreeCache):
-        super().__init__()
-        self.tree = tree
+    def __init__(self, layer: type[CacheLayerMixin], examples: int):
+        super().__init__(layer_class_to_replicate=partial(layer, self))
+        self.examples = examples
+        self.rows = (0, examples)
 
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Allocate for the first write's dtype and device (which autocast or sharding may have chosen)."""
+    def keep(self, holes: torch.Tensor, movers: torch.Tensor, examples: int) -> None:
+        """Keep the first `examples` rows, after copying rows `movers` over rows `holes`.
 
-        def empty(like: torch.Tensor) -> torch.Tensor:
-            return like.new_empty(self.tree.examples, like.shape[1], self.tree.capacity, like.shape[3])
+        Costs one row per departed example instead of a copy of all that stay, and allocates nothing that lasts.
+        """
+        for layer in self.layers:
+            if holes.numel():
+                for states in (layer.keys, layer.values):
+                    states.index_copy_(0, holes, states.index_select(0, movers))
+            layer.keys, layer.values = layer.keys[:examples], layer.values[:examples]
+        self.examples = examples
+        self.rows = (0, examples)
 
-        self.keys, self.values = empty(key_states), empty(value_states)
-        self.is_initialized = True
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        """Write states `[B, H, n, D]` or beam-major `[B*K, H, 1, D]`; return all that are in use, `[B, H, used, D]`."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        key_states, value_states = self._per_example(key_states), self._per_example(value_states)
-        start = self.tree.slot
-        end = start + key_states.shape[2]
-        self.keys[:, :, start:end] = key_states
-        self.values[:, :, start:end] = value_states
-        return self.keys[:, :, :end], self.values[:, :, :end]
-
-    def _per_example(self, states: torch.Tensor) -> torch.Tensor:
-        """`[B*K, H, 1, D]` -> `[B, H, K, D]`; states that already have one row per example pass unchanged."""
-        if states.shape[0] == self.tree.examples:
-            return states
-        _, heads, _, size = states.shape
-        return states.reshape(self.tree.examples, -1, heads, size).transpose(1, 2)
-
-    def get_seq_length(self) -> int:
-        """Tokens before the next one in any beam's own sequence: a position, not a number of slots."""
-        return self.tree.position
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.tree.slot + query_length, 0
-
-    def get_max_length(self) -> int:
-        return self.tree.capacity
+    def nbytes(self) -> int:
+        """Bytes of keys and values, over all layers."""
+        return sum(states.nbytes for layer in self.layers for states in (layer.keys, layer.values))
 
 
-class TreeCache(Cache):
-    """The layers, and the two counters that they share: `slot` (next free slot) and `position` (next token's place)."""
+class TreeCache(RowCache):
+    """What has been decoded. All layers share `slot` (the next free one) and `position` (the next token's place)."""
 
     def __init__(self, examples: int, capacity: int):
-        self.examples = examples
+        super().__init__(TreeLayer, examples)
         self.capacity = capacity
         self.slot = 0
         self.position = 0
-        super().__init__(layer_class_to_replicate=partial(TreeLayer, self))
-
-    def keep(self, holes: torch.Tensor, movers: torch.Tensor, examples: int) -> None:
-        """Shrink to `examples` rows after moving rows `movers` into rows `holes` (see `fill_holes`)."""
-        fill_holes(self.layers, holes, movers, examples)
-        self.examples = examples
 
     def pick(self, start: int, order: torch.Tensor) -> None:
         """Keep of the slots from `start` on only those that `order` `[B, m]` names for each example, in that order."""
@@ -93,17 +69,90 @@ class TreeCache(Cache):
         self.slot = start + count
 
 
-def fill_holes(layers, holes: torch.Tensor, movers: torch.Tensor, examples: int) -> None:
-    """Keep the first `examples` rows of each layer, after copying rows `movers` over rows `holes`.
+class SourceCache(RowCache):
+    """The source of an encoder-decoder, for cross-attention: written once, shared by all beams."""
 
-    Costs one row per departed example instead of a copy of all that stay, and allocates nothing that lasts.
-    """
-    for layer in layers:
-        for name in ("keys", "values"):
-            states = getattr(layer, name)
-            if holes.numel():
-                states.index_copy_(0, holes, states.index_select(0, movers))
-            setattr(layer, name, states[:examples])
+    def __init__(self, examples: int, width: int):
+        super().__init__(SourceLayer, examples)
+        self.width = width
+
+
+class _RowLayer(CacheLayerMixin):
+    """Keys and values `[B, H, C, D]` of one layer, allocated for the first write's dtype and device (autocast and
+    sharding have their say there)."""
+
+    is_sliding = False
+
+    def __init__(self, cache: RowCache):
+        super().__init__()
+        self.cache = cache
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        # Zeros: a row that moves to a group of wider sources brings cells along that nobody has written, and whatever
+        # they held (NaN, say) would survive a mask.
+        def zeros(like: torch.Tensor) -> torch.Tensor:
+            return like.new_zeros(self.cache.examples, like.shape[1], self.get_max_length(), like.shape[3])
+
+        self.keys, self.values = zeros(key_states), zeros(value_states)
+        self.is_initialized = True
+
+
+class TreeLayer(_RowLayer):
+    """One layer of a `TreeCache`."""
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        """Write states `[B, H, n, D]` or beam-major `[B*K, H, 1, D]`; return all that are in use, `[B, H, used, D]`."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        key_states, value_states = self._per_example(key_states), self._per_example(value_states)
+        first, last = self.cache.rows
+        start = self.cache.slot
+        end = start + key_states.shape[2]
+        self.keys[first:last, :, start:end] = key_states
+        self.values[first:last, :, start:end] = value_states
+        return self.keys[first:last, :, :end], self.values[first:last, :, :end]
+
+    def _per_example(self, states: torch.Tensor) -> torch.Tensor:
+        """`[B*K, H, 1, D]` -> `[B, H, K, D]`; states that already have one row per example pass unchanged."""
+        first, last = self.cache.rows
+        if states.shape[0] == last - first:
+            return states
+        _, heads, _, size = states.shape
+        return states.reshape(last - first, -1, heads, size).transpose(1, 2)
+
+    def get_seq_length(self) -> int:
+        """Tokens before the next one in any beam's own sequence: a position, not a number of slots."""
+        return self.cache.position
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.cache.slot + query_length, 0
+
+    def get_max_length(self) -> int:
+        return self.cache.capacity
+
+
+class SourceLayer(_RowLayer):
+    """One layer of a `SourceCache`."""
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        """Write states `[b, H, n, D]` of the b rows at hand, whose longest source has n tokens; return them as stored."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        first, last = self.cache.rows
+        width = key_states.shape[2]
+        stored = self.keys[first:last, :, :width], self.values[first:last, :, :width]
+        stored[0].copy_(key_states)
+        stored[1].copy_(value_states)
+        return stored
+
+    def get_seq_length(self) -> int:
+        return self.cache.width if self.is_initialized else 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.cache.width, 0
+
+    def get_max_length(self) -> int:
+        return self.cache.width
 
 
 def beam_attention(

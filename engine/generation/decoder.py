@@ -10,10 +10,10 @@ import inspect
 from dataclasses import dataclass
 
 import torch
-from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
-from engine.generation.cache import TreeCache, fill_holes
+from engine.generation.cache import SourceCache, TreeCache
 from engine.generation.encoder import source_lengths
 
 PRUNE_EVERY = 16  # steps; a look costs one device read
@@ -47,11 +47,14 @@ class TreeDecoder:
         # The last token is chosen but never fed back, so it needs no slot.
         self.capacity = self.prompt_length + beams * max(new_tokens - 1, 0)
         self.tree = TreeCache(self.examples, self.capacity)
-        self.cache = self.tree if prompt.encoder_states is None else EncoderDecoderCache(self.tree, DynamicCache())
+        self.source = None
+        self.cache = self.tree
+        if prompt.encoder_states is not None:
+            self.source = SourceCache(self.examples, prompt.encoder_states.shape[1])
+            self.cache = EncoderDecoderCache(self.tree, self.source)
         self.device = prompt.ids.device
         self.visible = self._initial_mask()
         self.next_position = None
-        self.cache_bytes = 0
         # Place of each slot's token in its beam's sequence, `[B, C]`; only relative position biases (T5) ask for it.
         self.slot_positions = torch.arange(self.capacity, device=self.device).repeat(self.examples, 1)
         self._unpruned = 0
@@ -62,27 +65,42 @@ class TreeDecoder:
 
     def prefill(self) -> torch.Tensor:
         """Run the prompt, one row per example. Returns logits of its last position, `[B, V]`."""
-        prompt = self.prompt
-        arguments = {"past_key_values": self.cache, "use_cache": True, "return_dict": True}
-        if prompt.encoder_states is not None:
-            arguments |= {
-                "decoder_input_ids": prompt.ids,
-                "encoder_outputs": BaseModelOutput(last_hidden_state=prompt.encoder_states),
-                "attention_mask": prompt.mask,
-            }
-        else:
-            positions = self._prompt_positions()
-            self.next_position = positions[:, -1:] + 1
-            arguments |= {"input_ids": prompt.ids, "attention_mask": prompt.mask, "position_ids": positions}
-            if _accepts(self.model, "logits_to_keep"):
-                arguments["logits_to_keep"] = 1
-        logits = self.model(**arguments).logits[:, -1]
+        logits = self._prefill_causal() if self.source is None else self._prefill_decoder()
         self.tree.slot = self.tree.position = self.prompt_length
-        layers = list(self.tree.layers)
-        if prompt.encoder_states is not None:
-            layers += self.cache.cross_attention_cache.layers
-        self.cache_bytes = sum(states.nbytes for layer in layers for states in (layer.keys, layer.values))
         return logits
+
+    def _prefill_causal(self) -> torch.Tensor:
+        prompt = self.prompt
+        positions = self._prompt_positions()
+        self.next_position = positions[:, -1:] + 1
+        arguments = {"input_ids": prompt.ids, "attention_mask": prompt.mask, "position_ids": positions}
+        if _accepts(self.model, "logits_to_keep"):
+            arguments["logits_to_keep"] = 1
+        return self.model(**arguments, **self._cache_arguments()).logits[:, -1]
+
+    def _prefill_decoder(self) -> torch.Tensor:
+        """The decoder's prompt, in groups of like source length, so that no keys of mere padding are computed."""
+        prompt, logits = self.prompt, []
+        for first, last, width in self._source_groups:
+            self.tree.rows = self.source.rows = (first, last)
+            self.cache.is_updated.clear()
+            output = self.model(
+                decoder_input_ids=prompt.ids[first:last],
+                encoder_outputs=BaseModelOutput(last_hidden_state=prompt.encoder_states[first:last, :width]),
+                attention_mask=None if prompt.mask is None else prompt.mask[first:last, :width],
+                **self._cache_arguments(),
+            )
+            logits.append(output.logits[:, -1])
+        self.tree.rows = self.source.rows = (0, self.examples)
+        return torch.cat(logits)
+
+    def _cache_arguments(self) -> dict:
+        return {"past_key_values": self.cache, "use_cache": True, "return_dict": True}
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of all keys and values held now."""
+        return self.tree.nbytes() + (0 if self.source is None else self.source.nbytes())
 
     def step(self, tokens: torch.Tensor, parents: torch.Tensor | None) -> torch.Tensor:
         """Append one token to every beam. Returns logits `[B, K, V]`.
@@ -90,24 +108,23 @@ class TreeDecoder:
         Args: tokens: `[B, K]`. parents: `[B, K]`, the beam of the last step that each beam continues; None = itself.
         """
         mask = self._advance_mask(parents)
-        arguments = {"past_key_values": self.cache, "use_cache": True, "return_dict": True}
-        if self.prompt.encoder_states is not None:
-            arguments |= {
+        if self.source is not None:
+            arguments = {
                 "decoder_input_ids": tokens.reshape(-1, 1),
                 "encoder_outputs": BaseModelOutput(last_hidden_state=self.prompt.encoder_states),
                 "attention_mask": self._source_mask,
                 "decoder_attention_mask": mask,
                 "slot_positions": self.slot_positions[:, : self.tree.slot + self.beams],
-                "source_groups": self._source_groups,
+                "source_groups": self._source_groups if len(self._source_groups) > 1 else None,
             }
         else:
-            arguments |= {
+            arguments = {
                 "input_ids": tokens,
                 "attention_mask": mask,
                 "position_ids": self.next_position.expand(-1, self.beams),
             }
             self.next_position = self.next_position + 1
-        logits = self.model(**arguments).logits
+        logits = self.model(**arguments, **self._cache_arguments()).logits
         self.tree.slot += self.beams
         self.tree.position += 1
         return logits.view(self.examples, self.beams, -1)
@@ -118,8 +135,8 @@ class TreeDecoder:
         self.tree.keep(holes, movers, examples)
         self.visible = self.visible.index_select(0, rows)
         self.slot_positions = self.slot_positions.index_select(0, rows)
-        if self.prompt.encoder_states is not None:
-            fill_holes(self.cache.cross_attention_cache.layers, holes, movers, examples)
+        if self.source is not None:
+            self.source.keep(holes, movers, examples)
             # Rows only ever move forward, to wider groups.
             self._source_groups = [(a, min(b, examples), width) for a, b, width in self._source_groups if a < examples]
             # Only its shape is read from now on: keys and values of the source are in the cache.
@@ -135,7 +152,7 @@ class TreeDecoder:
     def _initial_mask(self) -> torch.Tensor:
         """Additive mask `[B, K, C]`: 0 where a beam sees a slot, -inf elsewhere. The prompt is seen by all beams."""
         visible = torch.full((self.examples, self.beams, self.capacity), float("-inf"), device=self.device)
-        seen = self.prompt.mask if self.prompt.encoder_states is None else None
+        seen = self.prompt.mask if self.source is None else None
         if seen is None:
             visible[:, :, : self.prompt_length] = 0.0
         else:
@@ -179,7 +196,7 @@ class TreeDecoder:
 
     def _query_groups(self) -> int:
         """G: how many query heads share a key head (1 without grouped-query attention)."""
-        if self.prompt.encoder_states is not None:
+        if self.source is not None:
             return 1
         config = self.model.config.get_text_config(decoder=True)
         return config.num_attention_heads // (
@@ -206,19 +223,20 @@ class TreeDecoder:
     def _groups_by_source_length(self) -> list[tuple[int, int, int]]:
         """Rows `a..b` whose sources are about equally long, and the longest of them: `[(a, b, width)]`.
 
-        Cross-attention then reads less padding. Only on a CPU, where calls are cheap, and for rows sorted by length.
+        More than one only on a CPU, where calls cost little, and for rows sorted by falling length.
         """
-        mask = self.prompt.mask
-        if self._source_mask is None or self.device.type != "cpu":
+        if self.source is None:
             return []
-        lengths = source_lengths(mask)
-        if lengths != sorted(lengths, reverse=True):
-            return []
+        lengths = [self.source.width] if self._source_mask is None else source_lengths(self.prompt.mask)
         starts = [0]
-        for row, length in enumerate(lengths):
-            if length < SAME_LENGTH * lengths[starts[-1]]:
-                starts.append(row)
-        return [(a, b, lengths[a]) for a, b in zip(starts, [*starts[1:], len(lengths)], strict=True)]
+        if self.device.type == "cpu" and lengths == sorted(lengths, reverse=True):
+            for row, length in enumerate(lengths):
+                if length < SAME_LENGTH * lengths[starts[-1]]:
+                    starts.append(row)
+        ends = [*starts[1:], self.examples]
+        return [
+            (a, b, self.source.width if len(starts) == 1 else lengths[a]) for a, b in zip(starts, ends, strict=True)
+        ]
 
 
 def _accepts(model: torch.nn.Module, argument: str) -> bool:

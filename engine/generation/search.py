@@ -93,13 +93,14 @@ class Search:
         new_tokens = generation_config.max_length - input_ids.shape[1]
         decoder = TreeDecoder(model, prompt, copies, new_tokens)
         logits = decoder.prefill()
+        held = decoder.cache_bytes  # at its peak: examples only leave
         chain = self._chain(logits_processor, prompt.ids, copies, logits.shape[-1])
         with attention(model, ATTENTION_NAME):
             if (generation_config.num_beams or 1) > 1:
                 decoded = self._beam_search(decoder, logits, chain, generation_config)
             else:
                 decoded = self._sample(decoder, logits, chain, generation_config)
-        decoded.cache_bytes = decoder.cache_bytes
+        decoded.cache_bytes = held
         return decoded
 
     # --- beams ------------------------------------------------------------------------------------------------------
