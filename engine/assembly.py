@@ -15,9 +15,10 @@ from engine.batching import WindowSampler
 from engine.checkpoints import CheckpointStore, identity_of
 from engine.decoding import Summarizer
 from engine.errors import EngineError
-from engine.job import Job, TrainerState
+from engine.job import Job
 from engine.probing import with_fitting_batch
 from engine.recipe_reader import dump
+from engine.state import TrainerState
 from engine.tracking import Tracker
 from engine.validation import Split
 
@@ -47,38 +48,20 @@ def read_splits(recipe: Recipe, runtime: Runtime) -> Splits:
         raise EngineError(
             "E2.21", "there is nothing to train on", "data.train_file", "nothing was started", "set data.train_file"
         )
+    evaluating = settings.validation_file is not None and recipe.evaluation.strategy != "no"
+    dev: list[Example] = []
+    test: list[Example] = []
     with runtime.together("reading data"):
-        train = _read(recipe, settings.train_file, settings.max_train_samples, require_summary=True)
-        evaluating = settings.validation_file is not None and recipe.evaluation.strategy != "no"
-        dev = (
-            _read(recipe, settings.validation_file, settings.max_validation_samples, require_summary=True)
-            if evaluating
-            else []
-        )
-        test = (
-            _read(recipe, settings.test_file, settings.max_test_samples, require_summary=False)
-            if settings.test_file
-            else []
-        )
+        train = data.read_split(settings, settings.train_file, require_summary=True, limit=settings.max_train_samples)
+        if evaluating:
+            limit = settings.max_validation_samples
+            dev = data.read_split(settings, settings.validation_file, require_summary=True, limit=limit)
+        if settings.test_file is not None:
+            limit = settings.max_test_samples
+            test = data.read_split(settings, settings.test_file, require_summary=False, limit=limit)
         if dev:
             data.check_splits(train, dev, allow_overlap=settings.allow_overlap)
     return Splits(train, dev, test)
-
-
-def _read(recipe: Recipe, path: str, limit: int | None, *, require_summary: bool) -> list[Example]:
-    settings = recipe.data
-    return data.read_examples(
-        path,
-        text_column=settings.text_column,
-        summary_column=settings.summary_column,
-        id_column=settings.id_column,
-        topic_column=settings.topic_column,
-        encoding=settings.encoding,
-        require_summary=require_summary,
-        limit=limit,
-        on_bad_row=settings.on_bad_row,
-        max_bad_rows=settings.max_bad_rows,
-    )
 
 
 @contextmanager

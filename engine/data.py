@@ -15,7 +15,7 @@ from torch import Tensor
 
 from engine.encoding import Feature, TextEncoder
 from engine.errors import EngineError
-from engine.examples import Example, check_splits, fingerprint, read_examples
+from engine.examples import Example, check_splits, fingerprint, read_examples, read_split
 from engine.losses import IGNORE_INDEX
 from engine.prompts import instruction_variants
 
@@ -33,6 +33,7 @@ __all__ = [
     "fingerprint",
     "length_report",
     "read_examples",
+    "read_split",
 ]
 _ROWS_PER_CALL = 512  # rows given to the tokenizer at once
 

@@ -10,11 +10,14 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine.errors import EngineError
 from engine.prompts import normalise
 from engine.reading import NUL, SAFE, Record, Table, read_table
+
+if TYPE_CHECKING:
+    from engine.recipe import Data
 
 log = logging.getLogger("engine.data")
 
@@ -238,6 +241,22 @@ def _id(values: dict[str, Any], name: str) -> str:
 
 
 # Between files
+
+
+def read_split(settings: Data, path: str, *, require_summary: bool, limit: int | None = None) -> list[Example]:
+    """`read_examples` with the columns and the rules of a recipe's `data` section."""
+    return read_examples(
+        path,
+        text_column=settings.text_column,
+        summary_column=settings.summary_column,
+        id_column=settings.id_column,
+        topic_column=settings.topic_column,
+        encoding=settings.encoding,
+        require_summary=require_summary,
+        limit=limit,
+        on_bad_row=settings.on_bad_row,
+        max_bad_rows=settings.max_bad_rows,
+    )
 
 
 def check_splits(train: Sequence[Example], validation: Sequence[Example], *, allow_overlap: bool) -> None:

@@ -11,8 +11,8 @@ from engine.errors import EngineError
 if TYPE_CHECKING:
     import torch
 
-    from engine.job import TrainerState, Window
     from engine.recipe import Training
+    from engine.state import TrainerState, Window
 
 log = logging.getLogger("engine.train")
 SMALLEST_SCALE = 1.0  # below this, fp16 gradients overflow without any scaling: the model, not the scale, is at fault

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine import scoring
-from engine.data import Example, read_examples
+from engine.data import Example, read_split
 from engine.errors import EngineError
 from engine.postprocessing import PostprocessReport
 from engine.submission import Table, submission_table, write_submission
@@ -35,18 +35,7 @@ def read_input(path: str, recipe: Recipe) -> list[Example]:
         if not lines:
             raise EngineError("E3.32", "standard input holds no dialogue", "-", next="write one dialogue per line")
         return [Example(id=str(i), dialogue=text, references=(), topic=None, row=i + 1) for i, text in enumerate(lines)]
-    settings = recipe.data
-    return read_examples(
-        path,
-        text_column=settings.text_column,
-        summary_column=settings.summary_column,
-        id_column=settings.id_column,
-        topic_column=settings.topic_column,
-        encoding=settings.encoding,
-        require_summary=False,
-        on_bad_row=settings.on_bad_row,
-        max_bad_rows=settings.max_bad_rows,
-    )
+    return read_split(recipe.data, path, require_summary=False)
 
 
 def check_target(examples: Sequence[Example], options: argparse.Namespace) -> None:

@@ -15,10 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-if __package__ in (
-    None,
-    "",
-):  # run as a script: Python put engine/ itself on the path, where the package cannot be found
+# Run as a script, Python puts engine/ itself on the path, where the package cannot be found.
+if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 if TYPE_CHECKING:

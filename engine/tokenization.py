@@ -70,7 +70,7 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def _training_texts(recipe: Recipe) -> Iterator[str]:
-    from engine.data import read_examples
+    from engine.data import read_split
 
     settings = recipe.data
     if settings.train_file is None:
@@ -81,17 +81,7 @@ def _training_texts(recipe: Recipe) -> Iterator[str]:
             "nothing was started",
             "set data.train_file or tokenizer.name_or_path",
         )
-    examples = read_examples(
-        settings.train_file,
-        text_column=settings.text_column,
-        summary_column=settings.summary_column,
-        id_column=settings.id_column,
-        topic_column=settings.topic_column,
-        encoding=settings.encoding,
-        require_summary=True,
-        on_bad_row=settings.on_bad_row,
-        max_bad_rows=settings.max_bad_rows,
-    )
+    examples = read_split(settings, settings.train_file, require_summary=True)
     for example in examples:
         yield example.dialogue
         yield example.references[0]

@@ -17,19 +17,18 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if __package__ in (
-    None,
-    "",
-):  # run as a script: Python put engine/ itself on the path, where the package cannot be found
+# Run as a script, Python puts engine/ itself on the path, where the package cannot be found.
+if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from engine.job import Job, Update, Window
+    from engine.job import Job
     from engine.recipe import Recipe, Training
     from engine.runtime import Runtime
+    from engine.state import Update, Window
 
 
 def train(job: Job) -> None:
@@ -65,9 +64,9 @@ def train_step(
     """
     import torch
 
-    from engine.job import Update
     from engine.losses import summed_cross_entropy
     from engine.numerics import check_finite
+    from engine.state import Update
 
     loss_sum = torch.zeros((), device=runtime.device)
     for micro_step, batch in enumerate(window.batches, start=1):

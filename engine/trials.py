@@ -170,21 +170,10 @@ def _recipe_of(folder: Path, home: Path) -> Recipe:
 
 
 def _read(source: str, recipe: Recipe, labelled: bool, limit: int | None) -> list[Example]:
-    from engine.data import read_examples
+    from engine.data import read_split
 
     data = recipe.data
-    examples = read_examples(
-        source,
-        text_column=data.text_column,
-        summary_column=data.summary_column,
-        id_column=data.id_column,
-        topic_column=data.topic_column,
-        encoding=data.encoding,
-        require_summary=labelled,
-        limit=limit,
-        on_bad_row=data.on_bad_row,
-        max_bad_rows=data.max_bad_rows,
-    )
+    examples = read_split(data, source, require_summary=labelled, limit=limit)
     if not examples:
         raise EngineError("E3.41", "no rows", str(source), NOTHING_DONE, "give a file with rows")
     return examples

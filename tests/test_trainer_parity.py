@@ -9,7 +9,7 @@ import runs
 import torch
 from torch.nn import functional as F
 
-from engine import assembly, data, models
+from engine import data, models
 from engine.losses import aligned_labels
 from engine.recipe_reader import load_recipe
 
@@ -105,8 +105,8 @@ def compare(tmp_path, family, updates, rows, *, options=None, **changes):
     path = runs.write_recipe(tmp_path, family, rows=rows, **(SETTINGS | changes))
     recipe = load_recipe(path)
     bundle = models.build(recipe, device=torch.device("cpu"), precision="fp32")
-    splits = assembly.Splits(_read(recipe), [], [])
-    features = data.encode_all(bundle.text_encoder(), splits.train)
+    examples = data.read_split(recipe.data, recipe.data.train_file, require_summary=True)
+    features = data.encode_all(bundle.text_encoder(), examples)
     peer = copy.deepcopy(bundle)
     losses, _ = peer_losses(peer, features, recipe, tmp_path, updates, **(options or {}))
 
@@ -116,10 +116,6 @@ def compare(tmp_path, family, updates, rows, *, options=None, **changes):
     assert ours == pytest.approx(losses, rel=1e-5)
     assert ours[-1] < 0.98 * ours[0], "the comparison says little unless the model learns"
     return features
-
-
-def _read(recipe):
-    return assembly._read(recipe, recipe.data.train_file, None, require_summary=True)
 
 
 def test_seq2seq_trainer_with_a_loss_per_token(tmp_path):

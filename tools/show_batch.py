@@ -44,21 +44,10 @@ def text_encoder(recipe: Recipe) -> tuple[TextEncoder, Any]:
 
 
 def training_examples(recipe: Recipe) -> list[Example]:
-    from engine.data import read_examples
+    from engine.data import read_split
 
     settings = recipe.data
-    return read_examples(
-        settings.train_file,
-        text_column=settings.text_column,
-        summary_column=settings.summary_column,
-        id_column=settings.id_column,
-        topic_column=settings.topic_column,
-        encoding=settings.encoding,
-        require_summary=True,
-        limit=settings.max_train_samples,
-        on_bad_row=settings.on_bad_row,
-        max_bad_rows=settings.max_bad_rows,
-    )
+    return read_split(settings, settings.train_file, require_summary=True, limit=settings.max_train_samples)
 
 
 def text_of(encoder: TextEncoder, ids: list[int]) -> str:

@@ -1,0 +1,75 @@
+"""What the training loop passes around and counts: a window of data, what it did, and where the run stands."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Window:
+    """One update's data on this rank; `tokens`, `cells` and `ids` count the rows of all ranks."""
+
+    batches: list[dict[str, Tensor]]
+    tokens: int  # supervised tokens: what the summed loss is divided by
+    cells: int  # source and target tokens without padding: what tokens_per_second counts
+    ids: list[str]
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one window did. `loss` is per supervised token over all ranks; `applied` is False where the update was skipped."""
+
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    applied: bool
+
+
+@dataclass
+class TrainerState:
+    """Everything the loop counts. What is missing here would be lost by a resume."""
+
+    step: int = 0  # updates made
+    epoch: int = 0  # of the next window
+    window: int = 0  # index of the next window within its epoch
+    skipped_in_a_row: int = 0
+    skipped: int = 0
+    best_step: int | None = None
+    best_value: float | None = None
+    evaluations_without_gain: int = 0
+    evaluated_step: int | None = None
+    evaluated_value: float | None = None
+    saved_step: int | None = None
+    stop_reason: str | None = None
+    train_seconds: float = 0.0
+    evaluation_seconds: float = 0.0
+    # Since the last row of the log
+    interval_loss: float = 0.0
+    interval_tokens: int = 0
+    interval_cells: int = 0
+    interval_samples: int = 0
+    interval_seconds: float = 0.0
+
+    def advance(self, window: Window, update: Update, *, updates_per_epoch: int) -> None:
+        """Count one window and move to the next one."""
+        self.window += 1
+        if self.window == updates_per_epoch:
+            self.epoch, self.window = self.epoch + 1, 0
+        if update.applied:
+            self.step += 1
+            self.skipped_in_a_row = 0
+        else:
+            self.skipped += 1
+            self.skipped_in_a_row += 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe; floats come back to the bit."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainerState:
+        return cls(**values)
