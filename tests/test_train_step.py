@@ -1,0 +1,180 @@
+"""One update: what an overflow, a NaN and an empty window do to weights, scale and schedule."""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import torch
+from test_losses import batch_for
+
+from engine import numerics, optim
+from engine.errors import EngineError
+from engine.losses import IGNORE_INDEX, supervised_tokens
+from engine.recipe import Training
+from engine.state import TrainerState, Update, Window
+from engine.train import train_step
+
+
+class OneRank:
+    """What `train_step` needs of the runtime."""
+
+    device, world_size = torch.device("cpu"), 1
+    accelerator = SimpleNamespace(no_sync=lambda model: nullcontext())
+
+    def __init__(self, dtype=None):
+        self.dtype = dtype
+
+    def autocast(self):
+        return torch.autocast("cpu", dtype=self.dtype or torch.bfloat16, enabled=self.dtype is not None)
+
+    def to_device(self, batch):
+        return batch
+
+    def sum_across_ranks(self, tensor):
+        return tensor
+
+
+class Parts:
+    """A model, its optimizer and schedule, and windows of two micro-batches."""
+
+    def __init__(self, *, scaler=None, **training):
+        self.training = Training(learning_rate=1e-2, warmup_steps=0, lr_scheduler_type="linear", **training)
+        self.model = tiny.model("bart", dropout=0.0).train()
+        groups = optim.parameter_groups(self.model, 0.1)
+        self.optimizer = optim.build_optimizer(groups, self.training, torch.device("cpu"))
+        self.schedule = optim.build_schedule(self.optimizer, self.training, 10)
+        self.scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
+        self.runtime = OneRank(torch.float16 if self.scaler.is_enabled() else None)
+
+    def window(self, masked=False):
+        batches = [batch_for("bart"), batch_for("bart")]
+        if masked:
+            for batch in batches:
+                batch["labels"].fill_(IGNORE_INDEX)
+        tokens = sum(int(supervised_tokens(batch)) for batch in batches)
+        return Window(batches, tokens, cells=60, ids=["row_1", "row_2"])
+
+    def step(self, window=None) -> Update:
+        window = window or self.window()
+        return train_step(self.model, window, self.optimizer, self.schedule, self.scaler, self.runtime, self.training)
+
+    def weights(self):
+        return torch.cat([parameter.detach().flatten() for parameter in self.model.parameters()])
+
+
+def poison(parts, value):
+    """Give one parameter's gradient a bad value in the next backward pass."""
+    parameter = next(iter(parts.model.parameters()))
+
+    def spoil(gradient):
+        handle.remove()
+        return gradient * value
+
+    handle = parameter.register_hook(spoil)
+
+
+def test_an_update_moves_weights_and_schedule():
+    parts = Parts()
+    before, rate = parts.weights(), parts.schedule.get_last_lr()[0]
+    update = parts.step()
+    assert update.applied and math.isfinite(update.loss) and update.grad_norm > 0
+    assert update.learning_rate == rate and parts.schedule.get_last_lr()[0] < rate
+    assert not torch.equal(before, parts.weights())
+    assert all(parameter.grad is None for parameter in parts.model.parameters())
+
+
+def test_gradients_are_clipped_to_the_norm_that_is_told():
+    free, clipped = Parts(max_grad_norm=None), Parts(max_grad_norm=0.01)
+    seen = []
+    clipped.optimizer.register_step_pre_hook(
+        lambda optimizer, *_: seen.append(
+            torch.cat([p.grad.flatten() for g in optimizer.param_groups for p in g["params"]]).norm().item()
+        )
+    )
+    torch.manual_seed(1)
+    window = free.window()
+    assert free.step(window).grad_norm == pytest.approx(clipped.step(window).grad_norm, rel=1e-6)
+    assert seen[0] == pytest.approx(0.01, rel=1e-3)
+
+
+def test_an_fp16_overflow_skips_the_update_lowers_the_scale_and_leaves_the_schedule():
+    parts = Parts(scaler=torch.amp.GradScaler("cpu", init_scale=1024.0))
+    assert parts.step().applied
+    before, rate, scale = parts.weights(), parts.schedule.get_last_lr()[0], parts.scaler.get_scale()
+    poison(parts, float("inf"))
+    update = parts.step()
+    assert not update.applied and not math.isfinite(update.grad_norm)
+    assert torch.equal(before, parts.weights())
+    assert parts.scaler.get_scale() == scale / 2
+    assert parts.schedule.get_last_lr()[0] == rate
+    assert parts.step().applied, "the next update goes on"
+
+
+def test_fp16_learns_like_fp32():
+    half, full = Parts(scaler=torch.amp.GradScaler("cpu", init_scale=1024.0)), Parts()
+    window = full.window()
+    losses = [(half.step(window).loss, full.step(window).loss) for _ in range(5)]
+    assert all(ours == pytest.approx(theirs, rel=2e-2) for ours, theirs in losses)
+    assert losses[-1][0] < losses[0][0]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_bad_gradient_aborts_before_the_weights_are_touched(value):
+    parts = Parts()
+    before = parts.weights()
+    poison(parts, value)
+    with pytest.raises(EngineError, match="row_1, row_2") as caught:
+        parts.step()
+    assert caught.value.exit_code == 7
+    assert torch.equal(before, parts.weights())
+
+
+def test_a_bad_gradient_is_skipped_on_request(caplog):
+    parts = Parts(on_nonfinite="skip")
+    before, rate = parts.weights(), parts.schedule.get_last_lr()[0]
+    poison(parts, float("nan"))
+    assert not parts.step().applied
+    assert torch.equal(before, parts.weights()) and parts.schedule.get_last_lr()[0] == rate
+    assert parts.step().applied
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_a_window_without_supervised_tokens_makes_no_update(enabled):
+    parts = Parts(scaler=torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=enabled))
+    before = parts.weights()
+    update = parts.step(parts.window(masked=True))
+    assert not update.applied and update.loss == 0.0
+    assert torch.equal(before, parts.weights())
+    assert parts.step().applied
+
+
+def test_skipping_for_ever_ends_the_run():
+    training = Training(max_skipped_updates=3)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    state = TrainerState()
+    skipped = Update(loss=math.nan, grad_norm=math.nan, learning_rate=0.0, applied=False)
+    for _ in range(3):
+        state.advance(Window([], 1, 1, []), skipped, updates_per_epoch=100)
+        numerics.check_skipping(state, scaler, training)
+    state.advance(Window([], 1, 1, []), skipped, updates_per_epoch=100)
+    with pytest.raises(EngineError, match="4 updates in a row") as caught:
+        numerics.check_skipping(state, scaler, training)
+    assert caught.value.exit_code == 7
+
+
+def test_a_collapsed_scale_ends_the_run():
+    scaler = torch.amp.GradScaler("cpu", init_scale=0.25)
+    with pytest.raises(EngineError, match="fell to 0.25"):
+        numerics.check_skipping(TrainerState(), scaler, Training())
+
+
+def test_skipped_windows_use_up_data_but_are_no_steps():
+    state = TrainerState()
+    window = Window([], 1, 1, [])
+    for applied in (True, False, True):
+        state.advance(window, Update(1.0, 1.0, 0.1, applied), updates_per_epoch=2)
+    assert (state.step, state.epoch, state.window, state.skipped, state.skipped_in_a_row) == (2, 1, 1, 1, 0)
