@@ -101,7 +101,7 @@ class Campaign:
         struck, valid = [False] * len(plans), False
         for index, plan in enumerate(plans):
             struck[index], valid = self._endure(setting, run, plan, valid)
-            if fault_lab.status(run).get("code") == 0 or len(self.findings) > before:
+            if fault_lab.read(run / "run_status.json").get("code") == 0 or len(self.findings) > before:
                 break
         else:
             statuses = self.lab.attempt(setting, run, Plan())
@@ -181,8 +181,8 @@ class Campaign:
             self.counts["leftovers"] += 1
             problems.append(f"names differ: {sorted(names ^ reference.names)}")
         # A stop saves at a step of its own, which then counts among the latest two; the last and the best are always there.
-        best = json.loads((run / "best.json").read_text())["step"]
-        if not {f"checkpoint-{UPDATES}", f"checkpoint-{best}"} <= saved or best != reference.best:
+        best = fault_lab.read(run / "best.json").get("step")
+        if not {f"checkpoint-{fault_lab.UPDATES}", f"checkpoint-{best}"} <= saved or best != reference.best:
             problems.append(f"best is {best}, saved are {sorted(saved)}")
         if fault_lab.size(run) > 1.2 * reference.size:
             problems.append("the folder has grown")
@@ -205,7 +205,7 @@ class Campaign:
         save_seconds = sorted(end - begin for begin, end in zip(begins, ends, strict=False))[len(ends) // 2]
         points = sorted({(point, fault_lab.stable(file)) for point, file, _ in record})
         facts = {"names": fault_lab.names(run) - {"run_status.rank1.json"}, "size": fault_lab.size(run)}
-        facts["best"] = json.loads((run / "best.json").read_text())["step"]
+        facts["best"] = fault_lab.read(run / "best.json")["step"]
         self.references[setting] = Reference(fault_lab.read_rows(run), fault_lab.read_weights(run), **facts, seconds=seconds,
                                              save_seconds=save_seconds, points=points)  # fmt: skip
         print(

@@ -344,9 +344,10 @@ def told(run: Path) -> int:
     return sum("error E" in line and "injected" in line for line in lines)
 
 
-def status(run: Path) -> dict[str, Any]:
+def read(path: Path) -> dict[str, Any]:
+    """A JSON file; empty where there is none."""
     try:
-        return json.loads((run / "run_status.json").read_text())
+        return json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
 
