@@ -179,13 +179,19 @@ def check_writable(folder: Path) -> None:
         raise storage_error(error, folder, "writing to the run folder", "nothing was started") from error
     finally:
         probe.unlink(missing_ok=True)
-    if free_bytes(folder) < _LEAST_FREE:
+    check_space(folder, _LEAST_FREE)
+
+
+def check_space(folder: Path, need: int) -> None:
+    """Raises: EngineError E6.2 where less than `need` bytes are free."""
+    free = free_bytes(folder)
+    if free < need:
         raise EngineError(
             "E6.2",
-            f"the disk is full: {free_bytes(folder) >> 20} MiB free",
+            f"not enough space for this run: {need >> 20} MiB needed, {free >> 20} MiB free",
             str(folder),
             "nothing was started",
-            "free some space",
+            "free some space, or choose another experiment.output_dir or output_root",
         )
 
 

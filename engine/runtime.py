@@ -130,17 +130,13 @@ class Runtime(AbstractContextManager):
         for undo in self.abandon:
             with suppress(Exception):
                 undo()
-        with suppress(Exception):
-            print(f"{prefix()}{reason}", file=sys.stderr, flush=True)
-        os._exit(errors.STOPPED_UNSAVED)
+        _end_now(reason, errors.STOPPED_UNSAVED)
 
     def _lost_store(self, reason: str) -> None:
         """Runs in a thread of the ranks, while the main thread waits for a store that will not answer."""
         error = EngineError("E9.5", reason, "", "checkpoints are untouched", "look at rank 0, then --resume auto")
         self.status.write(errors.DISTRIBUTED, str(error))
-        with suppress(Exception):
-            print(f"{prefix()}{error}", file=sys.stderr, flush=True)
-        os._exit(errors.DISTRIBUTED)
+        _end_now(str(error), errors.DISTRIBUTED)
 
     # Run folder
 
@@ -243,6 +239,13 @@ class Runtime(AbstractContextManager):
     def seed_ranks(self, seed: int) -> None:
         """Different dropout on every rank. Call it after the model is built, which must be the same everywhere."""
         seed_everything(seed + 1_000_003 * (self.rank + 1))
+
+
+def _end_now(line: str, code: int) -> None:
+    """End the process from a thread, past `sys.stderr`, whose lock the main thread may hold."""
+    with suppress(OSError):
+        os.write(2, f"{prefix()}{line}\n".encode())
+    os._exit(code)
 
 
 def seed_everything(seed: int) -> None:

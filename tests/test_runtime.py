@@ -263,7 +263,7 @@ def test_places_that_cannot_be_written(tmp_path, monkeypatch):
             choose_run_folder(recipe_for(tmp_path, output_dir=str(bad)), None)
         assert caught.value.exit_code == code, bad
     monkeypatch.setattr(runfolder, "free_bytes", lambda folder: 1000)
-    with pytest.raises(EngineError, match="disk is full"):
+    with pytest.raises(EngineError, match="not enough space for this run"):
         choose_run_folder(recipe_for(tmp_path, output_dir=str(tmp_path / "run")), None)
 
 
