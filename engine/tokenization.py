@@ -329,30 +329,39 @@ def train_tokenizer(
             "raise it",
         )
     model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(sentences),
-        model_writer=model,
-        model_type=kind,
-        vocab_size=wanted,
-        # Cover all characters where there is room, else the frequent ones; the rest is spelled in bytes.
-        character_coverage=1.0 if characters < (wanted - _BYTES) // 2 else 0.9995,
-        byte_fallback=True,
-        hard_vocab_limit=False,
-        normalization_rule_name="identity",  # done by the fast tokenizer's own normaliser and by _training_sentences
-        add_dummy_prefix=False,
-        remove_extra_whitespaces=False,
-        max_sentence_length=65536,
-        num_threads=1,  # more threads add up frequencies in another order
-        pad_id=0,
-        unk_id=1,
-        bos_id=2,
-        eos_id=3,
-        pad_piece="<pad>",
-        unk_piece="<unk>",
-        bos_piece="<s>",
-        eos_piece="</s>",
-        minloglevel=2,
-    )
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(sentences),
+            model_writer=model,
+            model_type=kind,
+            vocab_size=wanted,
+            # Cover all characters where there is room, else the frequent ones; the rest is spelled in bytes.
+            character_coverage=1.0 if characters < (wanted - _BYTES) // 2 else 0.9995,
+            byte_fallback=True,
+            hard_vocab_limit=False,
+            normalization_rule_name="identity",  # done by the fast tokenizer's own normaliser and by _training_sentences
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            max_sentence_length=65536,
+            num_threads=1,  # more threads add up frequencies in another order
+            pad_id=0,
+            unk_id=1,
+            bos_id=2,
+            eos_id=3,
+            pad_piece="<pad>",
+            unk_piece="<unk>",
+            bos_piece="<s>",
+            eos_piece="</s>",
+            minloglevel=2,
+        )
+    except RuntimeError as error:  # its only word on a vocabulary without room for the characters
+        raise EngineError(
+            "E2.42",
+            f"tokenizer.train_vocab_size={vocabulary_size} is too small for the {characters} characters of the texts",
+            "recipe",
+            "nothing was started",
+            "raise it",
+        ) from error
     return _fast_tokenizer(model.getvalue(), kind, added_tokens, causal)
 
 
