@@ -209,15 +209,15 @@ class CheckpointStore:
 
     def _write_rank_files(self, folder: Path, state: EngineState) -> dict[str, Any]:
         """Stage 2: this rank's random state; returns name -> record of all ranks' files."""
-        records, error = {}, None
-        try:
-            tree, tensors = flatten_state(state.rng)
-            for path in write_state(folder / ENGINE_STATE, f"rng-rank{self.ranks.rank}", tree, tensors):
-                records[path.relative_to(folder).as_posix()] = file_record(path)
-                reached("file", path)
-        except Exception as caught:
-            error = self._storage_error(caught, folder)
-        told = self.ranks.exchange("hashes of a save", records, error)
+        records = {}
+        with self.ranks.together("writing rank files"):
+            try:
+                for path in write_state(folder / ENGINE_STATE, f"rng-rank{self.ranks.rank}", *flatten_state(state.rng)):
+                    records[path.relative_to(folder).as_posix()] = file_record(path)
+                    reached("file", path)
+            except Exception as error:
+                raise self._storage_error(error, folder) from error
+        told = self.ranks.exchange("hashes of a save", records)
         return {name: record for part in told for name, record in part.items()}
 
     def _launch(self, job: _Save) -> None:
@@ -244,6 +244,7 @@ class CheckpointStore:
         except BaseException as error:  # whatever it is, it must not die with the thread
             self._failure = self._storage_error(error, path)
             self._drop_temp()
+            self.history.recover()
 
     def _write_contents(self, job: _Save) -> None:
         state_dir = job.folder / ENGINE_STATE

@@ -46,6 +46,7 @@ class History:
     def open(self) -> str:
         """Remove what killed saves left behind, and learn which run this is; a new id in a new folder."""
         remove_leftovers(self.run_dir, kinds=("tmp", "trash"))
+        self.recover()
         for path in self.run_dir.iterdir():
             if _PARTIAL.fullmatch(path.name) and path.is_file():
                 path.unlink(missing_ok=True)
@@ -131,6 +132,7 @@ class History:
     def rotate(self) -> None:
         """Remove this run's checkpoints but the latest and the best. A failure warns; the next call tries again."""
         remove_leftovers(self.run_dir, kinds=("trash",))
+        self.recover()
         if self.save_total_limit is None:
             return
         pointed = self.pointed("best")
@@ -142,7 +144,16 @@ class History:
     def make_way(self, final: Path) -> None:
         """Free the name of a checkpoint about to be complete: nothing is ever written into a folder that has it."""
         if final.is_symlink() or final.exists():
-            set_aside(final, "trash" if self.is_ours(final) else "bad")
+            set_aside(final, "old" if self.is_ours(final) else "bad")
+
+    def recover(self) -> None:
+        """Bring back a checkpoint that made way for a newer one of its step, if that one never came; else delete it."""
+        for old in self.run_dir.glob(".old-checkpoint-*"):
+            final = self.path_of(int(old.name.split("-")[2]))
+            if final.exists():
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                old.rename(final)
 
     # Resuming
 

@@ -332,6 +332,28 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_file(tmp_path, root):
     assert done.stdout.split() == ["E6.1"] * len(limits)
 
 
+def test_saving_a_step_again_never_loses_it(tmp_path):
+    """The old one makes way by a rename; if the new one does not come, it comes back, also after a kill."""
+    store = open_store(tmp_path)
+    save(store, 1, seed=1)
+    before = tree(tmp_path / "checkpoint-1")
+
+    def fail(point, path):
+        if point == "before-rename":
+            raise OSError(errno.EIO, "broken")
+
+    storage.fail_points.append(fail)
+    with pytest.raises(EngineError):
+        save(store, 1, seed=2)
+    assert tree(tmp_path / "checkpoint-1") == before and names(tmp_path) == {"checkpoint-1", "last.json"}
+    storage.fail_points.clear()
+    store.history.make_way(tmp_path / "checkpoint-1")  # and killed here
+    assert open_store(tmp_path).find_resume("auto") == tmp_path / "checkpoint-1"
+    assert tree(tmp_path / "checkpoint-1") == before
+    assert save(store, 1, seed=2)
+    assert tree(tmp_path / "checkpoint-1") != before and names(tmp_path) == {"checkpoint-1", "last.json"}
+
+
 def test_giving_up_in_the_middle_of_a_save_leaves_nothing_half_done(tmp_path):
     store = open_store(tmp_path)
     save(store, 1)

@@ -88,7 +88,8 @@ class Campaign:
     def _sooner(self, setting: Setting, plan: Plan) -> Plan:
         if plan.kind in ("point", "site"):
             return replace(plan, turn=0)
-        return self.random_plan(setting, plan.victim, plan.action)
+        delay = self.random.uniform(0, 1.2 * self.references[setting].save_seconds)
+        return Plan("save", plan.action, plan.victim, turn=0, delay=delay)
 
     def trial(self, setting: Setting, plans: list[Plan], name: str) -> list[bool]:
         """Train to the end through the given faults, checking after each; compare with the reference.
