@@ -38,12 +38,14 @@ class RowCache(Cache):
         Costs one row per departed example instead of a copy of all that stay, and allocates nothing that lasts.
         """
         for layer in self.layers:
-            if holes.numel():
-                for states in (layer.keys, layer.values):
-                    states.index_copy_(0, holes, states.index_select(0, movers))
+            for states in (layer.keys, layer.values):
+                self._move(states, holes, movers)
             layer.keys, layer.values = layer.keys[:examples], layer.values[:examples]
         self.examples = examples
         self.rows = (0, examples)
+
+    def _move(self, states: torch.Tensor, holes: torch.Tensor, movers: torch.Tensor) -> None:
+        states.index_copy_(0, holes, states.index_select(0, movers))
 
     def nbytes(self) -> int:
         """Bytes of keys and values, over all layers."""
@@ -75,6 +77,15 @@ class SourceCache(RowCache):
     def __init__(self, examples: int, width: int):
         super().__init__(SourceLayer, examples)
         self.width = width
+        self.written = [width] * examples  # cells of each row that hold numbers; the others may hold anything, NaN too
+
+    def _move(self, states: torch.Tensor, holes: torch.Tensor, movers: torch.Tensor) -> None:
+        """A shorter source leaves the longer one's last cells in place: masked, but numbers."""
+        if min(self.written) == self.width:
+            return super()._move(states, holes, movers)
+        for hole, mover in zip(holes.tolist(), movers.tolist(), strict=True):
+            width = self.written[mover]
+            states[hole, :, :width] = states[mover, :, :width]
 
 
 class _RowLayer(CacheLayerMixin):
@@ -88,12 +99,10 @@ class _RowLayer(CacheLayerMixin):
         self.cache = cache
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        # Zeros: a row that moves to a group of wider sources brings cells along that nobody has written, and whatever
-        # they held (NaN, say) would survive a mask.
-        def zeros(like: torch.Tensor) -> torch.Tensor:
-            return like.new_zeros(self.cache.examples, like.shape[1], self.get_max_length(), like.shape[3])
+        def empty(like: torch.Tensor) -> torch.Tensor:
+            return like.new_empty(self.cache.examples, like.shape[1], self.get_max_length(), like.shape[3])
 
-        self.keys, self.values = zeros(key_states), zeros(value_states)
+        self.keys, self.values = empty(key_states), empty(value_states)
         self.is_initialized = True
 
 
@@ -140,6 +149,7 @@ class SourceLayer(_RowLayer):
             self.lazy_initialization(key_states, value_states)
         first, last = self.cache.rows
         width = key_states.shape[2]
+        self.cache.written[first:last] = [width] * (last - first)
         stored = self.keys[first:last, :, :width], self.values[first:last, :, :width]
         stored[0].copy_(key_states)
         stored[1].copy_(value_states)

@@ -9,7 +9,7 @@ import torch
 
 # Tokens per pass on a CPU: temporaries of a feed-forward layer stay below what the C library hands back to the system
 # (32 MB), which costs more than the arithmetic. Elsewhere one pass is faster.
-CPU_TOKENS_PER_PASS = 2048
+CPU_TOKENS_PER_PASS = 1024
 
 
 def encode(model: torch.nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
