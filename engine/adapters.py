@@ -316,9 +316,9 @@ def frozen_rows(model: PeftModel) -> dict[str, Tensor]:
 
 
 def loraplus_groups(
-    model: nn.Module, *, learning_rate: float, ratio: float, weight_decay: float
+    model: nn.Module, *, learning_rate: float, weight_decay: float, loraplus_lr_ratio: float
 ) -> list[dict[str, Any]]:
-    """LoRA+: optimizer groups in which B learns `ratio` times as fast as A (Hayou et al., 2024).
+    """LoRA+: optimizer groups in which B learns `loraplus_lr_ratio` times as fast as A (Hayou et al., 2024).
 
     peft's own helper sorts the parameters; rows of added tokens are no LoRA matrices and learn at the base rate.
     """
@@ -328,7 +328,7 @@ def loraplus_groups(
         model,
         torch.optim.SGD,
         lr=learning_rate,
-        loraplus_lr_ratio=ratio,
+        loraplus_lr_ratio=loraplus_lr_ratio,
         loraplus_weight_decay=weight_decay,
         loraplus_lr_embedding=learning_rate,
     )

@@ -326,8 +326,12 @@ def test_gpt_neox_targets(tmp_path):
 
 
 def test_loraplus_groups_hold_every_trainable_weight_once(tmp_path):
-    bundle = build(tiny.save("llama", tmp_path), lora={"bias": "none"})
-    groups = adapters.loraplus_groups(bundle.model, learning_rate=1e-4, ratio=16.0, weight_decay=0.1)
+    from engine import assembly
+
+    training, lora = {"learning_rate": 1e-4, "weight_decay": 0.1}, {"enabled": True, "loraplus_lr_ratio": 16.0}
+    recipe = Recipe(model={"name_or_path": str(tiny.save("llama", tmp_path))}, lora=lora, training=training)
+    bundle = models.build(recipe, device=CPU, precision="fp32")
+    groups = assembly.parameter_groups(recipe, bundle)
     names = {id(p): name for name, p in bundle.model.named_parameters() if p.requires_grad}
     seen = [names[id(p)] for group in groups for p in group["params"]]
     assert sorted(seen) == sorted(names.values())
