@@ -135,7 +135,7 @@ def _config(recipe: Recipe) -> tuple[PreTrainedConfig, int]:
     if settings.name_or_path is not None:
         folder = sources.resolve(settings.name_or_path, revision=settings.revision, weights=False)
         if sources.is_adapter(folder):
-            name, revision = models.base_of_adapter(folder)
+            name, revision = sources.base_of_adapter(folder)
             folder = sources.resolve(name, revision=revision, weights=False)
     config = model_config.load_config(settings, folder)
     if settings.init == "random":

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("engine.models")
 
 PROMPT_FILE = "prompt_settings.json"
-BASE_FILE = "base_model.json"  # beside an adapter: which model it belongs to
 __all__ = ["ModelBundle", "build", "load_trained", "load_weights", "save_model", "trainable_state", "unwrap"]
 
 
@@ -93,7 +92,7 @@ def build(recipe: Recipe, *, device: torch.device, precision: str) -> ModelBundl
     Raises:
         EngineError: E2 for settings that do not go together, E4 for a model that cannot be had or must not be loaded.
     """
-    with _quiet_transformers(), _seeded(recipe.training.seed):
+    with quiet_transformers(), _seeded(recipe.training.seed):
         return _build(recipe, device, precision)
 
 
@@ -191,10 +190,10 @@ def _base_of_adapter(adapter: Path, settings: Model, lora: bool) -> tuple[Path, 
             "nothing was started",
             "set lora.enabled=true and model.init=pretrained, or merge it first with tools/merge_adapter.py",
         )
-    name, revision = base_of_adapter(adapter)
+    name, revision = sources.base_of_adapter(adapter)
     base = settings.model_copy(update={"name_or_path": name, "revision": revision})
     folder = sources.resolve(name, revision=revision, trust_remote_code=settings.trust_remote_code)
-    _check_base(adapter, folder)
+    sources.check_base(adapter, folder)
     return folder, base
 
 
@@ -287,7 +286,7 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """transformers' advice and bars while loading are not for users of this program; its errors stay."""
     from transformers.utils import logging as hf_logging
 
@@ -326,7 +325,7 @@ def load_trained(
     Raises:
         EngineError: E4 where the folder is unusable or its prompt settings were changed.
     """
-    with _quiet_transformers(), _seeded(0):
+    with quiet_transformers(), _seeded(0):
         return _load_trained(
             Path(path), device, precision or default_precision(device), base, offload_folder, four_bit=four_bit
         )
@@ -344,14 +343,14 @@ def _load_trained(
 
     folder = sources.resolve(str(folder))
     adapter = folder if sources.is_adapter(folder) else None
-    record = sources.read_json(folder / BASE_FILE) if adapter and (folder / BASE_FILE).is_file() else {}
+    record = sources.read_json(folder / sources.BASE_FILE) if adapter and (folder / sources.BASE_FILE).is_file() else {}
     if adapter is None:
         settings, base_folder = Model(name_or_path=str(folder)), folder
     else:
-        name, revision = (base, None) if base else base_of_adapter(adapter)
+        name, revision = (base, None) if base else sources.base_of_adapter(adapter)
         settings = Model(name_or_path=name, revision=revision)
         base_folder = sources.resolve(name, revision=revision)
-        _check_base(adapter, base_folder)
+        sources.check_base(adapter, base_folder)
     config = model_config.load_config(settings, base_folder)
     family = model_config.family("auto", config)
     tokenizer = tokenization.load_tokenizer(folder if tokenization.has_tokenizer(folder) else base_folder)
@@ -382,39 +381,6 @@ def _load_trained(
         lengths=lengths,
         quantization=quantization,
     )
-
-
-def base_of_adapter(adapter: Path) -> tuple[str, str | None]:
-    """(name, revision) of the base an adapter was trained on: our own record first, then peft's."""
-    record = sources.read_json(adapter / BASE_FILE) if (adapter / BASE_FILE).is_file() else {}
-    config = sources.check_adapter_config(adapter)
-    name = config.get("base_model_name_or_path") or record.get("name")
-    if not name:
-        raise EngineError(
-            "E4.11", "the adapter does not say which base it belongs to", str(adapter), NOTHING_LOADED, "name the base"
-        )
-    recorded = record.get("name")
-    if recorded and not Path(name).is_dir() and Path(recorded).is_dir():
-        name = recorded  # the folder was moved together with the project: its relative name still holds
-    return name, config.get("revision")
-
-
-def _check_base(adapter: Path, base_folder: Path) -> None:
-    """The base is the one that the adapter was trained on, by the hashes kept with the adapter."""
-    if not (adapter / BASE_FILE).is_file():
-        return
-    wanted = sources.read_json(adapter / BASE_FILE)
-    found = sources.identify(str(wanted.get("name")), None, base_folder)
-    for key in ("config_sha256", "weights_sha256"):
-        expected = wanted.get(key)
-        if expected is not None and expected != getattr(found, key):
-            raise EngineError(
-                "E4.11",
-                f"the adapter was trained on another model than this one ({key} differs)",
-                f"{adapter} on {base_folder}",
-                NOTHING_LOADED,
-                f"give it the base it was trained on: {wanted.get('name')}",
-            )
 
 
 def _read_prompt(folder: Path, tokenizer: PreTrainedTokenizerFast) -> tuple[PromptSettings, dict[str, int]]:
@@ -458,7 +424,7 @@ def save_model(bundle: ModelBundle, folder: str | Path, *, state_dict: Mapping[s
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with _quiet_transformers():
+    with quiet_transformers():
         save_weights(bundle, folder, state_dict)
         bundle.tokenizer.save_pretrained(folder)
     _write_json(folder / PROMPT_FILE, bundle.prompt_record())
@@ -472,7 +438,7 @@ def save_weights(bundle: ModelBundle, folder: Path, state_dict: Mapping[str, Ten
         model.save_pretrained(folder, save_embedding_layers=False, state_dict=state_dict)
         (folder / "README.md").unlink(missing_ok=True)  # peft's model card has no content of its own
         model.generation_config.save_pretrained(folder)
-        _write_json(folder / BASE_FILE, bundle.base.to_dict() | {"quantization": bundle.quantization})
+        _write_json(folder / sources.BASE_FILE, bundle.base.to_dict() | {"quantization": bundle.quantization})
     else:
         model.save_pretrained(folder, state_dict=state_dict)
 

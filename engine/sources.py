@@ -28,6 +28,7 @@ _ADAPTER_TASKS = {None, "CAUSAL_LM", "SEQ_2_SEQ_LM"}
 _MAX_JSON_BYTES = 64 * 2**20
 
 NOTHING_LOADED = "nothing was loaded"
+BASE_FILE = "base_model.json"  # beside an adapter: which model it belongs to
 
 
 @dataclass(frozen=True)
@@ -301,3 +302,41 @@ def stored_types(folder: Path) -> dict[str, int]:
             what = f"unreadable weight file: {first_line(error)}"
             raise EngineError("E4.8", what, str(shard), NOTHING_LOADED, "download it again") from error
     return found
+
+
+def trained_on_4_bits(adapter: Path) -> bool:
+    """Whether the adapter's base was quantised while it was trained."""
+    return (adapter / BASE_FILE).is_file() and bool(read_json(adapter / BASE_FILE).get("quantization"))
+
+
+def base_of_adapter(adapter: Path) -> tuple[str, str | None]:
+    """(name, revision) of the base an adapter was trained on: our own record first, then peft's."""
+    record = read_json(adapter / BASE_FILE) if (adapter / BASE_FILE).is_file() else {}
+    config = check_adapter_config(adapter)
+    name = config.get("base_model_name_or_path") or record.get("name")
+    if not name:
+        raise EngineError(
+            "E4.11", "the adapter does not say which base it belongs to", str(adapter), NOTHING_LOADED, "name the base"
+        )
+    recorded = record.get("name")
+    if recorded and not Path(name).is_dir() and Path(recorded).is_dir():
+        name = recorded  # the folder was moved together with the project: its relative name still holds
+    return name, config.get("revision")
+
+
+def check_base(adapter: Path, base_folder: Path) -> None:
+    """The base is the one that the adapter was trained on, by the hashes kept with the adapter."""
+    if not (adapter / BASE_FILE).is_file():
+        return
+    wanted = read_json(adapter / BASE_FILE)
+    found = identify(str(wanted.get("name")), None, base_folder)
+    for key in ("config_sha256", "weights_sha256"):
+        expected = wanted.get(key)
+        if expected is not None and expected != getattr(found, key):
+            raise EngineError(
+                "E4.11",
+                f"the adapter was trained on another model than this one ({key} differs)",
+                f"{adapter} on {base_folder}",
+                NOTHING_LOADED,
+                f"give it the base it was trained on: {wanted.get('name')}",
+            )

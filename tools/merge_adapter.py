@@ -68,6 +68,11 @@ def merge(adapter: Path, output: Path, base: str | None = None, precision: str =
     expected = outputs(bundle.model, bundle)
     bundle.model = bundle.model.merge_and_unload()
     report = {"precision": stored, **compare(expected, outputs(bundle.model, bundle), stored, "merged")}
+    if sources.trained_on_4_bits(adapter):
+        # What evaluation saw during training: its base was rounded to 4 bits, so some difference is to be expected.
+        rounded = models.load_trained(adapter, device=device, precision=stored, base=base)
+        report["four_bit"] = difference(outputs(rounded.model, rounded), outputs(bundle.model, bundle))
+        del rounded
 
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -86,9 +91,9 @@ def merge(adapter: Path, output: Path, base: str | None = None, precision: str =
 
 def stored_precision(adapter: Path, base: str | None) -> str:
     """The type of most of the base's weights, as its files have them."""
-    from engine import models, sources
+    from engine import sources
 
-    name, revision = (base, None) if base else models.base_of_adapter(adapter)
+    name, revision = (base, None) if base else sources.base_of_adapter(adapter)
     kinds = sources.stored_types(sources.resolve(name, revision=revision))
     names = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
     return names.get(max(kinds, key=kinds.get, default="F32"), "fp32")
@@ -123,20 +128,13 @@ def outputs(model: nn.Module, bundle: ModelBundle) -> list[tuple[Tensor, list[in
 def compare(
     expected: list[tuple[Tensor, list[int]]], found: list[tuple[Tensor, list[int]]], precision: str, name: str
 ) -> dict[str, float]:
-    """Largest difference of logits up to the first different token, and the share of equal greedy tokens.
+    """The difference of two models' outputs, if it is small enough.
 
     Raises:
         EngineError: E4.14 beyond the tolerance; in fp32 also for a single different token.
     """
-    worst, equal, total = 0.0, 0, 0
-    for (logits, ids), (other_logits, other_ids) in zip(expected, found, strict=True):
-        pairs = list(zip(ids, other_ids, strict=False))
-        agreed = next((at for at, (one, two) in enumerate(pairs) if one != two), len(pairs))
-        steps = min(agreed + 1, len(pairs))  # the logits that chose the first different token still had equal inputs
-        difference = (logits[:steps] - other_logits[:steps]).abs().max() / logits[:steps].std()
-        worst = max(worst, float(difference))
-        equal, total = equal + agreed, total + max(len(ids), len(other_ids))
-    limit = TOLERANCE[precision]
+    result, limit = difference(expected, found), TOLERANCE[precision]
+    worst, equal, total = result["logit_difference"], result["equal_tokens"], result["tokens"]
     if not worst <= limit or (precision == "fp32" and equal < total):
         raise EngineError(
             "E4.14",
@@ -146,6 +144,19 @@ def compare(
             NOTHING_WRITTEN,
             "use the adapter unmerged, or merge with --precision fp32",
         )
+    return result
+
+
+def difference(expected: list[tuple[Tensor, list[int]]], found: list[tuple[Tensor, list[int]]]) -> dict[str, float]:
+    """Largest difference of logits, in their standard deviations, up to the first different token; equal greedy tokens."""
+    worst, equal, total = 0.0, 0, 0
+    for (logits, ids), (other_logits, other_ids) in zip(expected, found, strict=True):
+        pairs = list(zip(ids, other_ids, strict=False))
+        agreed = next((at for at, (one, two) in enumerate(pairs) if one != two), len(pairs))
+        steps = min(agreed + 1, len(pairs))  # the logits that chose the first different token still had equal inputs
+        gap = (logits[:steps] - other_logits[:steps]).abs().max() / logits[:steps].std()
+        worst = max(worst, float(gap))
+        equal, total = equal + agreed, total + max(len(ids), len(other_ids))
     return {"logit_difference": worst, "equal_tokens": equal, "tokens": total}
 
 
@@ -153,8 +164,12 @@ def load_alone(folder: Path, bundle: ModelBundle, device: Any) -> nn.Module:
     """The merged folder as any program without this package would load it."""
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+    from engine.models import quiet_transformers
+
     auto = AutoModelForCausalLM if bundle.family == "causal" else AutoModelForSeq2SeqLM
-    return auto.from_pretrained(folder, dtype="auto", use_safetensors=True, trust_remote_code=False).to(device).eval()
+    with quiet_transformers():
+        model = auto.from_pretrained(folder, dtype="auto", use_safetensors=True, trust_remote_code=False)
+    return model.to(device).eval()
 
 
 def copy_recipe(adapter: Path, folder: Path) -> None:
@@ -183,6 +198,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{options.output}: merged in {report['precision']}; logits differ by at most {report['logit_difference']:.1e} "
         f"standard deviations, {report['equal_tokens']} of {report['tokens']} greedy tokens equal"
     )
+    if (rounded := report.get("four_bit")) is not None:
+        print(
+            f"  against the adapter on its 4-bit base, as it was evaluated in training: logits differ by up to "
+            f"{rounded['logit_difference']:.1e}, {rounded['equal_tokens']} of {rounded['tokens']} greedy tokens equal"
+        )
     return 0
 
 
