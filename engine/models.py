@@ -319,7 +319,7 @@ def load_trained(
     Args:
         precision: type of the weights; None: bf16 where the GPU has it, else fp32.
         base: replaces the base that an adapter names.
-        offload_folder: where weights go that do not fit on the device (one process only).
+        offload_folder: where weights go that do not fit on the GPU, if there is one process and they are too large.
         four_bit: False loads the base of an adapter that was trained on 4 bits in full.
 
     Raises:
@@ -358,13 +358,14 @@ def _load_trained(
 
     quantization = record.get("quantization") if four_bit else None
     bits = adapters.quantization_config(Quantization(**quantization), precision, device) if quantization else None
+    spread = bits is None and weights.too_large(base_folder, adapters.DTYPES[precision], device)
     model = weights.load_folder(
         base_folder,
         config,
         dtype=adapters.DTYPES[precision],
         device=device,
         quantization=bits,
-        offload_folder=offload_folder,
+        offload_folder=offload_folder if spread else None,
     )
     if adapter is not None:
         weights.resize_embeddings(model, len(tokenizer), {}, None)

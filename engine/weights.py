@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,8 @@ from engine.sources import NOTHING_LOADED, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
+_USABLE_SHARE = 0.85  # of the free memory; the rest is for caches and activations
 
 
 def auto_class(config: PreTrainedConfig) -> Any:
@@ -88,6 +91,15 @@ def load_folder(
         # T5's configuration always says "tied"; believed, it would overwrite the output head at the next resize.
         model.config.tie_word_embeddings = False
     return model if "device_map" in arguments else model.to(device)
+
+
+def too_large(folder: Path, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a model must be spread over GPU, host and disk: only in a single process, whose device map is its own."""
+    if device.type != "cuda" or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return False
+    free, _ = torch.cuda.mem_get_info(device)
+    needed = sum(sources.stored_types(folder).values()) * dtype.itemsize
+    return needed > _USABLE_SHARE * free
 
 
 def is_untied(model: nn.Module) -> bool:

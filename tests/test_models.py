@@ -497,6 +497,27 @@ def test_identity_tells_two_trainings_of_one_shape_apart(tmp_path):
     assert first.config_sha256 == other.config_sha256 and first.weights_sha256 != other.weights_sha256
 
 
+def test_only_a_single_process_spreads_a_model_that_is_too_large(tmp_path, monkeypatch):
+    folder = tiny.save("llama", tmp_path)
+    weights_bytes = 4 * sum(sources.stored_types(folder).values())
+    gpu = torch.device("cuda", 0)
+    assert not weights.too_large(folder, torch.float32, CPU)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for free, expected in ((weights_bytes, True), (2 * weights_bytes, False)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, free))
+        assert weights.too_large(folder, torch.float32, gpu) is expected
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert not weights.too_large(folder, torch.float32, gpu)
+
+
+def test_a_spread_model_gives_the_same_logits(tmp_path, monkeypatch):
+    folder = tiny.save("llama", tmp_path / "m")
+    monkeypatch.setattr(weights, "too_large", lambda *arguments: True)
+    spread = models.load_trained(folder, device=CPU, offload_folder=tmp_path / "offload")
+    assert torch.equal(logits(spread.model, "llama"), logits(tiny.model("llama", len(spread.tokenizer)), "llama"))
+
+
 def test_embeddings_never_shrink(tmp_path):
     model = tiny.model("llama", 400)
     weights.resize_embeddings(model, 100, {})
