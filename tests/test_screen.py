@@ -1,0 +1,103 @@
+"""Zero-shot screening: one process per model, failures with reasons and without scores, resumable."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+
+import pytest
+import tiny
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("screen")
+    data = tiny.write_rows(folder / "dev.jsonl", 4)
+    common = (
+        f"data: {{validation_file: {data}, max_source_length: 160, max_target_length: 48}}\n"
+        "generation: {num_beams: 1, max_new_tokens: 5}\ntracking: {progress: false, report_to: []}\n"
+    )
+    for family in ("llama", "bart"):
+        tiny.save(family, folder / family)
+        (folder / f"{family}.yaml").write_text(
+            f"model: {{name_or_path: {folder / family}}}\n{common}", encoding="utf-8"
+        )
+    changed = common.replace("tracking", "quantization: {load_in_4bit: true}\nprompt: {style: chat}\ntracking")
+    wide = tiny.save("llama", folder / "wide", hidden_size=64, intermediate_size=160, head_dim=16)
+    (folder / "four_bit.yaml").write_text(f"model: {{name_or_path: {wide}}}\n{changed}", encoding="utf-8")
+    (folder / "absent.yaml").write_text(f"model: {{name_or_path: {folder / 'no_such'}}}\n{common}", encoding="utf-8")
+    (folder / "broken.yaml").write_text("modell: {}\n", encoding="utf-8")
+    return folder
+
+
+def run(root, place, *arguments):
+    command = [sys.executable, str(root / "tools" / "screen.py"), "--output", str(place / "out"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+
+
+@pytest.mark.slow
+def test_models_are_scored_and_failures_never_are(root, place):
+    recipes = [place / f"{name}.yaml" for name in ("llama", "absent", "four_bit", "broken")]
+    done = run(root, place, *recipes)
+    assert done.returncode == 4, done.stdout + done.stderr
+    with (place / "out" / "screen.csv").open(encoding="utf-8", newline="") as file:
+        rows = {row["recipe"]: row for row in csv.DictReader(file)}
+    assert list(rows) == ["llama", "absent", "four_bit", "broken"]
+    for name in ("llama", "four_bit"):
+        assert rows[name]["status"] == "ok" and rows[name]["rows"] == "4"
+        assert 0 <= float(rows[name]["rouge_sum"]) <= 300 and float(rows[name]["loss"]) > 0
+        with (place / "out" / f"{name}.predictions.csv").open(encoding="utf-8", newline="") as file:
+            assert len(list(csv.DictReader(file))) == 4
+    for name, code in (("absent", "E4.1"), ("broken", "E2.")):
+        assert rows[name]["status"] == "failed" and rows[name]["reason"].startswith(f"error {code}")
+        assert rows[name]["rouge_sum"] == rows[name]["rouge1"] == ""
+    assert "Traceback" not in done.stdout + done.stderr
+    assert "absent" in done.stdout and "failed: error E4.1" in done.stdout
+
+    # A second call runs only what failed, and what is new; a changed file or setting runs again.
+    written = {name: (place / "out" / f"{name}.json").stat().st_mtime_ns for name in ("llama", "four_bit")}
+    again = run(root, place, *recipes[:2])
+    assert "llama ..." not in again.stdout and "absent ..." in again.stdout
+    assert (place / "out" / "llama.json").stat().st_mtime_ns == written["llama"]
+    assert "llama ..." in run(root, place, recipes[0], "generation.max_new_tokens=4").stdout
+
+
+@pytest.fixture
+def tool(root):
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("screen", root / "tools" / "screen.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_killed_and_slow_models_are_told_apart(tool, tmp_path):
+    log = tmp_path / "x.log"
+    log.write_text("loading\n", encoding="utf-8")
+    assert tool.reason(-9, log, None) == "killed by SIGKILL (out of memory?)"
+    assert tool.reason(-11, log, None) == "killed by SIGSEGV"
+    assert tool.reason(None, log, 5) == "not done after 5 s"
+    assert tool.reason(3, log, None) == "exit code 3: loading"
+    log.write_text("noise\nerror E8.1: out of memory: x | y\nmore noise\n", encoding="utf-8")
+    assert tool.reason(8, log, None) == "error E8.1: out of memory: x | y"
+
+
+def test_a_model_that_takes_too_long_is_ended_with_its_children(tool, place, monkeypatch):
+    row = tool.run_child(str(place / "bart.yaml"), "bart", [], place, timeout=0.2)
+    assert row["status"] == "failed" and row["reason"] == "not done after 0.2 s"
+    assert "rouge_sum" not in row
+
+
+def test_a_damaged_record_is_run_again(tool, place):
+    record = place / "damaged.json"
+    for text in ("", "[]", "{}", json.dumps({"fingerprint": 1, "row": None})):
+        record.write_text(text, encoding="utf-8")
+        assert tool.finished(record, str(place / "bart.yaml"), []) is None
+
+
+def test_arguments(tool, place, capsys):
+    assert tool.main(["--output", str(place / "o"), str(place / "bart.yaml"), str(place / "x" / "bart.yaml")]) == 2
+    assert "same file name" in capsys.readouterr().err
