@@ -170,6 +170,7 @@ def pad(
 def _prepared(model: torch.nn.Module, steps: int) -> Iterator[torch.nn.Module]:
     """The model to call `generate` on, ready for decoding; everything is put back on the way out. steps: at most."""
     base = modelstate.unwrap(model)
+    modelstate.keep_freed_memory()
     with ExitStack() as stack:
         stack.enter_context(modelstate.exclusive(base))
         stack.enter_context(torch.no_grad())

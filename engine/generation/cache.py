@@ -10,6 +10,8 @@ The K queries of an example attend to its row together, as if they were K tokens
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -25,7 +27,10 @@ class RowCache(Cache):
     """A cache with one row per example, allocated once.
 
     `rows` (first, end) are the examples that the model runs on just now: all of them, but for a prefill in groups.
+    `clean`: no cell may hold anything but numbers, because slots are read (under a mask) before they are written.
     """
+
+    clean = False
 
     def __init__(self, layer: type[CacheLayerMixin], examples: int):
         super().__init__(layer_class_to_replicate=partial(layer, self))
@@ -60,6 +65,30 @@ class TreeCache(RowCache):
         self.capacity = capacity
         self.slot = 0
         self.position = 0
+        self._fixed: tuple[torch.Tensor, torch.Tensor, int] | None = None
+
+    @contextmanager
+    def fixed(self, slots: torch.Tensor, position: torch.Tensor, window: int) -> Iterator[None]:
+        """Write to `slots` `[K]`, read the first `window` slots, and give out `position` as a tensor meanwhile."""
+        self._fixed = (slots, position, window)
+        try:
+            yield
+        finally:
+            self._fixed = None
+
+    def write(self, states: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        """Store `new` `[B, H, n, D]` in `states` `[B, H, C, D]`. Returns the slots to attend to."""
+        if self._fixed is not None:
+            slots, _, window = self._fixed
+            states.index_copy_(2, slots, new)
+            return states[:, :, :window]
+        first, last = self.rows
+        end = self.slot + new.shape[2]
+        states[first:last, :, self.slot : end] = new
+        return states[first:last, :, :end]
+
+    def next_position(self) -> int | torch.Tensor:
+        return self.position if self._fixed is None else self._fixed[1]
 
     def pick(self, start: int, order: torch.Tensor) -> None:
         """Keep of the slots from `start` on only those that `order` `[B, m]` names for each example, in that order."""
@@ -100,7 +129,8 @@ class _RowLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         def empty(like: torch.Tensor) -> torch.Tensor:
-            return like.new_empty(self.cache.examples, like.shape[1], self.get_max_length(), like.shape[3])
+            shape = (self.cache.examples, like.shape[1], self.get_max_length(), like.shape[3])
+            return like.new_zeros(shape) if self.cache.clean else like.new_empty(shape)
 
         self.keys, self.values = empty(key_states), empty(value_states)
         self.is_initialized = True
@@ -113,13 +143,10 @@ class TreeLayer(_RowLayer):
         """Write states `[B, H, n, D]` or beam-major `[B*K, H, 1, D]`; return all that are in use, `[B, H, used, D]`."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        key_states, value_states = self._per_example(key_states), self._per_example(value_states)
-        first, last = self.cache.rows
-        start = self.cache.slot
-        end = start + key_states.shape[2]
-        self.keys[first:last, :, start:end] = key_states
-        self.values[first:last, :, start:end] = value_states
-        return self.keys[first:last, :, :end], self.values[first:last, :, :end]
+        return (
+            self.cache.write(self.keys, self._per_example(key_states)),
+            self.cache.write(self.values, self._per_example(value_states)),
+        )
 
     def _per_example(self, states: torch.Tensor) -> torch.Tensor:
         """`[B*K, H, 1, D]` -> `[B, H, K, D]`; states that already have one row per example pass unchanged."""
@@ -129,9 +156,9 @@ class TreeLayer(_RowLayer):
         _, heads, _, size = states.shape
         return states.reshape(last - first, -1, heads, size).transpose(1, 2)
 
-    def get_seq_length(self) -> int:
+    def get_seq_length(self) -> int | torch.Tensor:
         """Tokens before the next one in any beam's own sequence: a position, not a number of slots."""
-        return self.cache.position
+        return self.cache.next_position()
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.cache.slot + query_length, 0

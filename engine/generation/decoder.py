@@ -15,6 +15,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from engine.generation.cache import SourceCache, TreeCache
 from engine.generation.encoder import source_lengths
+from engine.generation.graphs import StaticStep
 
 PRUNE_EVERY = 16  # steps; a look costs one device read
 WORTH_PRUNING = 0.7  # share of slots alive above which moving them does not pay
@@ -38,8 +39,9 @@ class Prompt:
 class TreeDecoder:
     """`prefill()` once, then `step(tokens, parents)`; `keep(rows)` drops finished examples."""
 
-    def __init__(self, model: torch.nn.Module, prompt: Prompt, beams: int, new_tokens: int):
-        """Args: beams: K. new_tokens: most tokens that any beam will get; fixes the cache's size."""
+    def __init__(self, model: torch.nn.Module, prompt: Prompt, beams: int, new_tokens: int, fixed_shapes: bool = False):
+        """Args: beams: K. new_tokens: most tokens that any beam will get; fixes the cache's size.
+        fixed_shapes: run steps as `graphs.StaticStep` does."""
         self.model = model
         self.prompt = prompt
         self.beams = beams
@@ -47,6 +49,9 @@ class TreeDecoder:
         # The last token is chosen but never fed back, so it needs no slot.
         self.capacity = self.prompt_length + beams * max(new_tokens - 1, 0)
         self.tree = TreeCache(self.examples, self.capacity)
+        self.tree.clean = fixed_shapes
+        self.static: StaticStep | None = None
+        self.groups = _query_groups(model)
         self.source = None
         self.cache = self.tree
         if prompt.encoder_states is not None:
@@ -67,6 +72,8 @@ class TreeDecoder:
         """Run the prompt, one row per example. Returns logits of its last position, `[B, V]`."""
         logits = self._prefill_causal() if self.source is None else self._prefill_decoder()
         self.tree.slot = self.tree.position = self.prompt_length
+        if self.tree.clean:
+            self.static = StaticStep(self)
         return logits
 
     def _prefill_causal(self) -> torch.Tensor:
@@ -103,31 +110,37 @@ class TreeDecoder:
         return self.tree.nbytes() + (0 if self.source is None else self.source.nbytes())
 
     def step(self, tokens: torch.Tensor, parents: torch.Tensor | None) -> torch.Tensor:
-        """Append one token to every beam. Returns logits `[B, K, V]`.
+        """Append one token to every beam. Returns logits `[B, K, V]`, valid until the next step.
 
         Args: tokens: `[B, K]`. parents: `[B, K]`, the beam of the last step that each beam continues; None = itself.
         """
-        mask = self._advance_mask(parents)
-        if self.source is not None:
+        if parents is not None:
+            self._prune_if_due()
+        if self.static is not None:
+            logits = self.static(tokens, parents)
+        else:
+            logits = self.forward(tokens, self._advance_mask(parents), self.tree.slot + self.beams)
+        if self.next_position is not None:
+            self.next_position.add_(1)
+        self.tree.slot += self.beams
+        self.tree.position += 1
+        return logits.view(self.examples, self.beams, -1)
+
+    def forward(self, tokens: torch.Tensor, mask: torch.Tensor, slots: int) -> torch.Tensor:
+        """One pass over `tokens` `[B, K]`, which see what `mask` `[B, 1, G*K, slots]` says. Returns logits."""
+        if self.source is None:
+            positions = self.next_position.expand(-1, self.beams)
+            arguments = {"input_ids": tokens, "attention_mask": mask, "position_ids": positions}
+        else:
             arguments = {
                 "decoder_input_ids": tokens.reshape(-1, 1),
                 "encoder_outputs": BaseModelOutput(last_hidden_state=self.prompt.encoder_states),
                 "attention_mask": self._source_mask,
                 "decoder_attention_mask": mask,
-                "slot_positions": self.slot_positions[:, : self.tree.slot + self.beams],
+                "slot_positions": self.slot_positions[:, :slots],
                 "source_groups": self._source_groups if len(self._source_groups) > 1 else None,
             }
-        else:
-            arguments = {
-                "input_ids": tokens,
-                "attention_mask": mask,
-                "position_ids": self.next_position.expand(-1, self.beams),
-            }
-            self.next_position = self.next_position + 1
-        logits = self.model(**arguments, **self._cache_arguments()).logits
-        self.tree.slot += self.beams
-        self.tree.position += 1
-        return logits.view(self.examples, self.beams, -1)
+        return self.model(**arguments, **self._cache_arguments()).logits
 
     def keep(self, rows: torch.Tensor, holes: torch.Tensor, movers: torch.Tensor) -> None:
         """Go on with examples `rows` only: row `holes[i]` is overwritten by row `movers[i]`, then the tail is cut."""
@@ -146,6 +159,8 @@ class TreeDecoder:
         else:
             self.next_position = self.next_position.index_select(0, rows)
         self.examples = examples
+        if self.static is not None:
+            self.static = StaticStep(self)
 
     # --- masks and positions ----------------------------------------------------------------------------------------
 
@@ -165,21 +180,22 @@ class TreeDecoder:
         if parents is not None and end > start:
             generated = self.visible[:, :, start:end]
             generated.copy_(generated.gather(1, parents[:, :, None].expand(-1, -1, end - start)))
-            self._unpruned += 1
-            if self._unpruned == PRUNE_EVERY:
-                self._prune()
-        end = self.tree.slot
         self.slot_positions[:, end : end + self.beams] = self.tree.position
         own = self.visible[:, :, end : end + self.beams]
         own.diagonal(dim1=1, dim2=2).zero_()
-        mask = self.visible[:, None, :, : end + self.beams]
-        groups = self._query_groups()
-        if groups == 1:
-            return mask
-        return mask[:, :, None].expand(-1, -1, groups, -1, -1).reshape(self.examples, 1, groups * self.beams, -1)
+        return self.grouped(self.visible[:, None, :, : end + self.beams])
 
-    def _prune(self) -> None:
-        """Drop slots that no beam descends from: beams mostly part a few steps back, so most slots die soon."""
+    def grouped(self, mask: torch.Tensor) -> torch.Tensor:
+        """The mask of `[B, 1, K, n]`, repeated for the G query heads of a key head: `[B, 1, G*K, n]`."""
+        if self.groups == 1:
+            return mask
+        return mask[:, :, None].expand(-1, -1, self.groups, -1, -1).flatten(2, 3)
+
+    def _prune_if_due(self) -> None:
+        """Now and then, drop slots that no beam descends from: beams mostly part a few steps back."""
+        self._unpruned += 1
+        if self._unpruned < PRUNE_EVERY:
+            return
         self._unpruned = 0
         start, end = self.prompt_length, self.tree.slot
         generated = self.visible[:, :, start:end]
@@ -193,15 +209,8 @@ class TreeDecoder:
         generated.fill_(float("-inf"))
         generated[:, :, :count] = kept
         self.slot_positions[:, start : start + count] = self.slot_positions[:, start:end].gather(1, order)
-
-    def _query_groups(self) -> int:
-        """G: how many query heads share a key head (1 without grouped-query attention)."""
-        if self.source is not None:
-            return 1
-        config = self.model.config.get_text_config(decoder=True)
-        return config.num_attention_heads // (
-            getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        )
+        if self.static is not None:
+            self.static.moved()
 
     def _prompt_positions(self) -> torch.Tensor:
         """Positions `[B, P]` that count real tokens only, so that left padding changes nothing."""
@@ -237,6 +246,14 @@ class TreeDecoder:
         return [
             (a, b, self.source.width if len(starts) == 1 else lengths[a]) for a, b in zip(starts, ends, strict=True)
         ]
+
+
+def _query_groups(model: torch.nn.Module) -> int:
+    """G: how many query heads share a key head; 1 for encoder-decoders and without grouped-query attention."""
+    if model.config.is_encoder_decoder:
+        return 1
+    config = model.config.get_text_config(decoder=True)
+    return config.num_attention_heads // (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
 
 
 def _accepts(model: torch.nn.Module, argument: str) -> bool:

@@ -22,6 +22,7 @@ from transformers.generation.utils import GENERATION_MODES_MAPPING
 from engine.generation.beams import BeamRules, Beams
 from engine.generation.cache import ATTENTION_NAME
 from engine.generation.decoder import Prompt, TreeDecoder
+from engine.generation.graphs import worth_capturing
 from engine.generation.modelstate import attention
 from engine.generation.processors import Chain, History, OutputOnly, VocabularyMask, hf
 
@@ -78,6 +79,8 @@ class Search:
         self.vocabulary_mask = vocabulary_mask
         self.generator = generator
         self.compaction = compaction
+        # Of all live examples, how many must be settled for them to leave: new shapes may mean new captures.
+        self.least_share = 0.0
 
     def __call__(
         self, model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs
@@ -91,7 +94,9 @@ class Search:
         copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         prompt = _prompt(model, input_ids, model_kwargs, copies)
         new_tokens = generation_config.max_length - input_ids.shape[1]
-        decoder = TreeDecoder(model, prompt, copies, new_tokens)
+        fixed = worth_capturing(model, input_ids.device, new_tokens)
+        self.least_share = 0.5 if fixed else 0.0
+        decoder = TreeDecoder(model, prompt, copies, new_tokens, fixed)
         logits = decoder.prefill()
         held = decoder.cache_bytes  # at its peak: examples only leave
         chain = self._chain(logits_processor, prompt.ids, copies, logits.shape[-1])
@@ -127,7 +132,7 @@ class Search:
             over, settled = beams.status()
             if over:
                 break
-            if self.compaction and chain.rows_may_leave and any(settled):
+            if chain.rows_may_leave and self._enough(settled):
                 rows, holes, movers = _leave(settled, prompt.device)
                 beams.keep(rows)
                 chain.keep(rows)
@@ -162,7 +167,7 @@ class Search:
             closed = (~open_rows).all(dim=1).tolist()
             if all(closed) or step + 1 == limit:
                 break
-            if self.compaction and chain.rows_may_leave and not config.do_sample and any(closed):
+            if chain.rows_may_leave and not config.do_sample and self._enough(closed):
                 keep, holes, movers = _leave(closed, prompt.device)
                 live, open_rows, tokens = (t.index_select(0, keep) for t in (live, open_rows, tokens))
                 chain.keep(keep)
@@ -178,6 +183,10 @@ class Search:
         return torch.multinomial(scores.softmax(dim=-1), num_samples=1, generator=self.generator).squeeze(1)
 
     # --- shared -----------------------------------------------------------------------------------------------------
+
+    def _enough(self, settled: list[bool]) -> bool:
+        """Whether the settled examples should leave the batch now."""
+        return self.compaction and any(settled) and sum(settled) >= self.least_share * len(settled)
 
     def _chain(self, processors, prompt: torch.Tensor, copies: int, vocabulary: int) -> Chain:
         padding = None
