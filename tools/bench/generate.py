@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Speed of decoding: transformers' `generate`, ours, and CTranslate2 on the same model, inputs and settings.
 
     python tools/bench/generate.py kobart                 # 16 dialogues x 5 beams, 60 new tokens each
@@ -7,6 +8,8 @@
 
 Weights are random (shapes and tokenizers are real), inputs are real dialogues out of `--data`. Contenders take turns,
 so that a busy machine slows all of them; ratios are medians over rounds of the other's time by ours in the same round.
+`cpu_seconds` (of all threads) tell more than the clock where other programs run too; with more than one thread they
+count waiting for each other as well.
 Tokens are compared with `generate`'s; a difference is accepted only as a tie (see `tie_gap`). CTranslate2, where it is
 installed, runs float32 on the CPU with the same beams and lengths; its search differs in details, so only its time counts.
 """
@@ -29,14 +32,23 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-import torch
-import transformers
-from transformers import AutoTokenizer, BartConfig, BartForConditionalGeneration, GenerationConfig
-from transformers import Qwen3Config, Qwen3ForCausalLM
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoTokenizer,
+    BartConfig,
+    BartForConditionalGeneration,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
-from engine.generation import GenerationSettings, Hypothesis, generate_all
-from engine.generation.api import pad
-from engine.generation.search import Search
+from engine.generation import GenerationSettings, Hypothesis, generate_all  # noqa: E402
+from engine.generation.api import pad  # noqa: E402
+from engine.generation.processors import Chain, History  # noqa: E402
+from engine.generation.search import Search  # noqa: E402
 
 TIE = 2e-4  # accumulated log-probability; float32 rounding of two summation orders stays far below
 
@@ -129,7 +141,36 @@ def qwen3(data: Path, count: int, new_tokens: int) -> Case:
     return Case("qwen3", model, tokenizer, prompts, values, count, tokenizer.pad_token_id)
 
 
-CASES = {"kobart": (kobart, 16, 60), "trained-like": (trained_like, 100, 100), "qwen3": (qwen3, 8, 60)}
+def llama_3b(data: Path, count: int, new_tokens: int) -> Case:
+    """Llama-3.2-3B's shape, for a GPU: random weights, prompts of 800 random tokens, 4 beams."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=128_256,
+        hidden_size=3072,
+        intermediate_size=8192,
+        num_hidden_layers=28,
+        num_attention_heads=24,
+        num_key_value_heads=8,
+        head_dim=128,
+        tie_word_embeddings=True,
+        bos_token_id=128_000,
+        eos_token_id=[128_001, 128_008, 128_009],
+        pad_token_id=128_001,
+        dtype=torch.bfloat16,
+    )
+    with torch.device("cuda"):
+        model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    prompts = torch.randint(0, 128_000, (count, 800)).tolist()
+    values = {"num_beams": 4, "max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
+    return Case("llama-3b", model, None, prompts, values, count, 128_001)
+
+
+CASES = {
+    "kobart": (kobart, 16, 60),
+    "trained-like": (trained_like, 100, 100),
+    "qwen3": (qwen3, 8, 60),
+    "llama-3b": (llama_3b, 16, 100),
+}
 
 
 # --- contenders: each returns token ids per prompt ------------------------------------------------------------------
@@ -227,46 +268,74 @@ def cache_bytes(case: Case) -> dict:
     return {"ours": ours, "generate": theirs, "ratio": ours / theirs}
 
 
+def mask_cost(case: Case, blocked: int, step_seconds: float) -> dict:
+    """What a vocabulary mask with `blocked` entries adds to a step, against `step_seconds` of processor time."""
+    vocabulary = case.model.config.vocab_size
+    mask = torch.zeros(vocabulary)
+    mask[torch.randperm(vocabulary)[:blocked]] = float("-inf")
+    rows = len(case.prompts) * case.values["num_beams"]
+    scores = torch.randn(rows, vocabulary)
+    prompt = torch.zeros(len(case.prompts), 1, dtype=torch.long)
+    chain = Chain([], History(prompt, case.values["num_beams"], "all", None, vocabulary), mask)
+    tokens = torch.zeros(len(case.prompts), case.values["num_beams"], 0, dtype=torch.long)
+    times = []
+    for _ in range(20):
+        start = time.process_time()
+        chain(scores, tokens)
+        times.append(time.process_time() - start)
+    cost = statistics.median(times)
+    return {"blocked": blocked, "vocabulary": vocabulary, "seconds": cost, "share_of_step": cost / step_seconds}
+
+
 # --- measuring ------------------------------------------------------------------------------------------------------
 
 
-def timed(run: Callable[[Case], list[list[int]]], case: Case) -> tuple[float, list[list[int]]]:
-    """Wall seconds and result."""
-    if case.model.device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
+def timed(run: Callable[[Case], list[list[int]]], case: Case) -> tuple[float, float, list[list[int]]]:
+    """Seconds by the clock, seconds of processor time, and the result."""
+    wait = torch.cuda.synchronize if case.model.device.type == "cuda" else lambda: None
+    wait()
+    clock, processor = time.perf_counter(), time.process_time()
     result = run(case)
-    if case.model.device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start, result
+    wait()
+    return time.perf_counter() - clock, time.process_time() - processor, result
 
 
 def measure(case: Case, contenders: dict[str, Callable], rounds: int) -> dict:
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    cpu_seconds: dict[str, list[float]] = {name: [] for name in contenders}
     results: dict[str, list[list[int]]] = {}
     order = list(contenders)
     for number in range(rounds):
         for name in order if number % 2 == 0 else reversed(order):
-            taken, results[name] = timed(contenders[name], case)
+            taken, cpu, results[name] = timed(contenders[name], case)
             seconds[name].append(taken)
-            print(f"  round {number + 1} {name:12} {taken:8.2f} s", file=sys.stderr)
-    ratios = {
-        name: statistics.median(a / b for a, b in zip(times, seconds["ours"], strict=True))
-        for name, times in seconds.items()
-        if name != "ours"
-    }
+            cpu_seconds[name].append(cpu)
+            print(f"  round {number + 1} {name:12} {taken:8.2f} s   cpu {cpu:8.2f} s", file=sys.stderr, flush=True)
     lengths = [len(ids) for ids in results["ours"]]
     return {
         "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
         "median_seconds": {name: statistics.median(times) for name, times in seconds.items()},
-        "times_ours": ratios,
+        "times_ours": ratios(seconds),
+        "cpu_times_ours": ratios(cpu_seconds),
         "tokens": compare(case, results["ours"], results["generate"]) if "generate" in results else None,
         "new_tokens": {"mean": statistics.mean(lengths), "min": min(lengths), "max": max(lengths)},
     }
 
 
+def ratios(seconds: dict[str, list[float]]) -> dict[str, float]:
+    """Each contender's time by ours of the same round, median over rounds."""
+    ours = seconds["ours"]
+    others = {name: times for name, times in seconds.items() if name != "ours"}
+    return {name: statistics.median(a / b for a, b in zip(times, ours, strict=True)) for name, times in others.items()}
+
+
 def environment(arguments: argparse.Namespace) -> dict:
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
     try:
         import ctranslate2
 
@@ -313,16 +382,21 @@ def main(argv: list[str] | None = None) -> int:
             contenders["ctranslate2"] = run
     contenders = {name: run for name, run in contenders.items() if name in (arguments.only or contenders)}
     load_before = os.getloadavg()[0]
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.no_grad():
         result = {"case": case.name, "settings": case.values, "examples": len(case.prompts)}
         result |= environment(arguments) | measure(case, contenders, arguments.rounds)
         result["cache_bytes"] = cache_bytes(case) if "generate" in contenders else None
+        if case.name == "qwen3" and arguments.device == "cpu":
+            step = statistics.median(result["cpu_seconds"]["ours"]) / case.values["max_new_tokens"]
+            result["mask"] = mask_cost(case, 100_000, step)
     result["load_average"] = {"before": load_before, "after": os.getloadavg()[0]}
-    print(json.dumps({k: v for k, v in result.items() if k != "seconds"}, indent=2))
+    print(json.dumps({k: v for k, v in result.items() if k not in ("seconds", "cpu_seconds")}, indent=2))
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     tokens = result["tokens"]
+    if arguments.dtype != "float32":
+        return 0  # exact ties are common there, and no rule decides them
     return 0 if tokens is None or all(gap < TIE for gap in tokens["tie_gaps"].values()) else 1
 
 
