@@ -304,6 +304,9 @@ def saved_bytes(model: nn.Module, shape: dict[str, int], precision: str) -> int:
 
     with FakeTensorMode():
         _give_shapes(model)
+        for module in model.modules():
+            if hasattr(module, "layerdrop"):
+                module.training = False  # whether to drop a layer is drawn, and these tensors have no values
         inputs = _inputs(model, shape)
         positions = shape["examples"] * shape["target"]
         handle = model.get_output_embeddings().register_forward_pre_hook(
