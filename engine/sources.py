@@ -80,7 +80,7 @@ def resolve(name: str, *, revision: str | None = None, trust_remote_code: bool =
     """
     check_remote_code_settings(trust_remote_code, revision)
     path = Path(name).expanduser()
-    folder = path if path.is_dir() else _download(name, revision, weights)
+    folder = path if path.is_dir() else _download(name, revision, weights, code=trust_remote_code)
     check_folder(folder, trust_remote_code=trust_remote_code, weights=weights)
     return folder
 
@@ -97,14 +97,14 @@ def check_remote_code_settings(trust_remote_code: bool, revision: str | None) ->
         )
 
 
-def _download(name: str, revision: str | None, weights: bool) -> Path:
+def _download(name: str, revision: str | None, weights: bool, *, code: bool) -> Path:
     if not _HUB_ID.fullmatch(name):
         raise EngineError(
             "E4.1", "no such model folder, and not a hub id either", name, NOTHING_LOADED, "check the path"
         )
     from huggingface_hub import snapshot_download
 
-    patterns = _HUB_FILES if weights else [pattern for pattern in _HUB_FILES if pattern != "*.safetensors"]
+    patterns = [pattern for pattern in _HUB_FILES if weights or pattern != "*.safetensors"] + ["*.py"] * code
     try:
         return Path(
             snapshot_download(

@@ -416,6 +416,25 @@ def test_code_shipped_with_a_model_is_refused(tmp_path, name):
     assert not (tmp_path / "sprung").exists()
 
 
+def test_code_shipped_with_a_model_runs_with_the_flag_and_a_pinned_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    folder = tiny.save("llama", tmp_path / "m")
+    code = (
+        "import os\nfrom transformers import LlamaForCausalLM\n"
+        f"os.makedirs({str(tmp_path / 'ran')!r}, exist_ok=True)\nclass Own(LlamaForCausalLM): pass\n"
+    )
+    (folder / "modeling_own.py").write_text(code, encoding="utf-8")
+    path = folder / "config.json"
+    values = json.loads(path.read_text(encoding="utf-8")) | {"auto_map": {"AutoModelForCausalLM": "modeling_own.Own"}}
+    path.write_text(json.dumps(values), encoding="utf-8")
+    refused("E4.2", folder)
+    refused("E2.41", folder, model={"trust_remote_code": True})
+    assert not (tmp_path / "ran").exists()
+    bundle = build(folder, model={"trust_remote_code": True, "revision": "a" * 40})
+    assert type(bundle.model).__name__ == "Own" and (tmp_path / "ran").exists()
+
+
 @pytest.mark.parametrize(
     "shard", ["../outside.safetensors", "/etc/passwd", "sub/x.safetensors", "model.bin", "nowhere.safetensors", 3]
 )
