@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine import adapters, data, models, optim, tokenization
 from engine.batching import WindowSampler
-from engine.checkpoints import CheckpointStore, identity_of
+from engine.checkpoints import CheckpointStore, EngineState, identity_of
 from engine.decoding import Summarizer
 from engine.errors import EngineError
 from engine.job import Job
@@ -75,7 +75,7 @@ def prepare(
     with runtime.together("tokenising"):
         features = data.encode_all(encoder, splits.train, augment=recipe.data.instruction_augmentation)
         dev = split_of("dev", splits.dev, encoder) if splits.dev else None
-    model = runtime.accelerator.prepare(bundle.model)
+    model = runtime.accelerator.prepare(bundle.model.train())  # from_pretrained hands out eval mode: no dropout
     if recipe.training.auto_batch_size:
         recipe = with_fitting_batch(recipe, model, bundle, features, runtime)
     if runtime.is_main:
@@ -95,10 +95,7 @@ def prepare(
         if found is not None:
             saved = store.load_state(found)
             models.load_weights(bundle.model, found)
-            optimizer.load_state_dict(saved.optimizer)
-            schedule.load_state_dict(saved.scheduler)
-            scaler.load_state_dict(saved.scaler)
-            state, random_state = TrainerState.from_dict(saved.position), saved.rng
+            state, random_state = _restore(saved, found, optimizer, schedule, scaler), saved.rng
             log.info("resumed at step %d from %s", state.step, found)
         tracker = Tracker(folder.path, runtime.accelerator, recipe, _resumed_step(found, state, folder))
         job = Job(
@@ -128,6 +125,20 @@ def prepare(
         finally:
             job.progress.close()
             tracker.close()
+
+
+def _restore(saved: EngineState, found: Path, optimizer: Any, schedule: Any, scaler: Any) -> TrainerState:
+    """Give the parts their saved states back. Raises: EngineError E5.8 for states that these parts cannot have had."""
+    try:
+        optimizer.load_state_dict(saved.optimizer)
+        schedule.load_state_dict(saved.scheduler)
+        scaler.load_state_dict(saved.scaler)
+        return TrainerState.from_dict(saved.position)
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        what = f"the saved state does not fit this run: {error}"
+        raise EngineError(
+            "E5.8", what, str(found), "nothing was changed", "resume with the recipe it was saved by"
+        ) from error
 
 
 def split_of(name: str, examples: list[Example], encoder: TextEncoder) -> Split:

@@ -16,7 +16,7 @@ import fault_campaign
 import engine.runtime
 engine.runtime.Runtime.restore_random_state = lambda self, state: None
 fault_campaign.faults = lambda *arguments: None
-sys.argv = ["fault_campaign.py", "--trials", "0", "--points", "8", "--models", "full", "--ranks", "1"]
+sys.argv = ["fault_campaign.py", "--trials", "10", "--points", "2", "--models", "full", "--ranks", "1"]
 sys.exit(fault_campaign.main())
 """
 
