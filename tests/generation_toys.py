@@ -6,18 +6,7 @@ from functools import lru_cache
 
 import pytest
 import torch
-from transformers import (
-    BartConfig,
-    BartForConditionalGeneration,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from engine.generation.search import Decoded, Search
 
@@ -50,7 +39,42 @@ _BART = {
     "forced_eos_token_id": 1,
     "init_std": 0.4,
 }
+_T5 = {
+    "vocab_size": VOCABULARY,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 64,
+    "num_layers": 2,
+    "num_heads": 4,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "decoder_start_token_id": 0,
+    "initializer_factor": 2.0,
+}
+_QWEN = _CAUSAL | {"bos_token_id": 4, "eos_token_id": 2, "pad_token_id": 0}
+_PLAIN = {name: value for name, value in _QWEN.items() if name != "head_dim"}
+_CONFIGS = {
+    "bart": _BART,  # start == end, as in KoBART
+    "mbart": _BART,
+    "pegasus": _BART,
+    "marian": _BART,
+    "m2m_100": _BART,
+    "t5": _T5,
+    "mt5": _T5 | {"initializer_factor": 1.0},
+    "umt5": _T5,
+    "llama": _CAUSAL | {"bos_token_id": 4, "eos_token_id": [1, 2, 5], "pad_token_id": 1},  # as in Llama 3
+    "qwen3": _QWEN,
+    "qwen2": _PLAIN,
+    "mistral": _QWEN | {"sliding_window": None},
+    "gemma": _QWEN,
+    "phi3": _PLAIN,
+    "olmo2": _PLAIN,
+    "gpt2": _PLAIN,
+    "gpt_neox": _PLAIN,
+    "exaone4": _PLAIN | {"layer_types": ["full_attention"] * 2},
+}
 FAMILIES = ("bart", "t5", "llama", "qwen3")
+OTHERS = tuple(family for family in _CONFIGS if family not in FAMILIES)
 
 
 @pytest.fixture(autouse=True)
@@ -65,24 +89,9 @@ def one_thread():
 def build(family: str, seed: int = 0, **overrides):
     """A fresh model in evaluation mode. `overrides` change its config."""
     torch.manual_seed(seed)
-    if family == "bart":  # start == end, as in KoBART
-        model = BartForConditionalGeneration(BartConfig(**_BART | overrides))
-    elif family == "t5":
-        config = {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
-        ids = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
-        model = T5ForConditionalGeneration(T5Config(**config | ids | {"initializer_factor": 2.0} | overrides))
-    elif family == "llama":  # three end tokens and pad == end, as in Llama 3
-        config = {"bos_token_id": 4, "eos_token_id": [1, 2, 5], "pad_token_id": 1}
-        model = LlamaForCausalLM(LlamaConfig(**_CAUSAL | config | overrides))
-    elif family == "qwen3":
-        config = {"bos_token_id": 4, "eos_token_id": 2, "pad_token_id": 0}
-        model = Qwen3ForCausalLM(Qwen3Config(**_CAUSAL | config | overrides))
-    elif family == "mistral":
-        config = {"bos_token_id": 4, "eos_token_id": 2, "pad_token_id": 0, "sliding_window": None}
-        model = MistralForCausalLM(MistralConfig(**_CAUSAL | config | overrides))
-    else:
-        raise ValueError(family)
-    return model.eval()
+    config = AutoConfig.for_model(family, **_CONFIGS[family] | overrides)
+    maker = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    return maker.from_config(config).eval()
 
 
 @lru_cache

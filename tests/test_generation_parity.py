@@ -12,6 +12,7 @@ import pytest
 import torch
 from generation_toys import (
     FAMILIES,
+    OTHERS,
     VOCABULARY,
     assert_equal,
     batch,
@@ -473,9 +474,14 @@ def test_hand_back_of_sliding_windows():  # 80
     check(model, native=False, **batch(model), **BEAMS)
 
 
-def test_mistral():
-    model = build("mistral")
-    check(model, **batch(model), **BEAMS)
+@pytest.mark.parametrize("family", OTHERS)
+def test_other_families(family):
+    assert set(OTHERS) | set(FAMILIES) == search.VERIFIED_MODEL_TYPES
+    for seed in range(2):
+        model = build(family, seed)
+        check(model, **batch(model, seed=seed), **BEAMS | {"max_new_tokens": 22})
+        check(model, **batch(model, seed=seed), **BEAMS | COMMON["original_system"])
+        check(model, **batch(model, seed=seed), **BEAMS | COMMON["greedy"])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -539,7 +545,7 @@ def test_steps_of_fixed_shape_with_leaving_examples(family, fixed_shapes):
     check(model, **batch(model, lengths=(9, 3, 5, 7, 2, 8)), num_beams=3, max_new_tokens=30, **ends)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", sorted(graphs.CAPTURABLE_MODEL_TYPES))
 def test_steps_of_fixed_shape_never_wait_for_the_device(family, fixed_shapes, monkeypatch):
     """A capture fails at the first value that Python wants to know."""
     inner = graphs.StaticStep._run

@@ -51,7 +51,7 @@ class TreeDecoder:
         self.tree = TreeCache(self.examples, self.capacity)
         self.tree.clean = fixed_shapes
         self.static: StaticStep | None = None
-        self.groups = _query_groups(model)
+        self.groups = 1
         self.source = None
         self.cache = self.tree
         if prompt.encoder_states is not None:
@@ -70,7 +70,12 @@ class TreeDecoder:
 
     def prefill(self) -> torch.Tensor:
         """Run the prompt, one row per example. Returns logits of its last position, `[B, V]`."""
-        logits = self._prefill_causal() if self.source is None else self._prefill_decoder()
+        if self.source is not None:
+            logits = self._prefill_decoder()
+        else:
+            logits = self._prefill_causal()
+            heads = self.model.config.get_text_config(decoder=True).num_attention_heads
+            self.groups = heads // self.tree.layers[0].keys.shape[1]
         self.tree.slot = self.tree.position = self.prompt_length
         if self.tree.clean:
             self.static = StaticStep(self)
@@ -246,14 +251,6 @@ class TreeDecoder:
         return [
             (a, b, self.source.width if len(starts) == 1 else lengths[a]) for a, b in zip(starts, ends, strict=True)
         ]
-
-
-def _query_groups(model: torch.nn.Module) -> int:
-    """G: how many query heads share a key head; 1 for encoder-decoders and without grouped-query attention."""
-    if model.config.is_encoder_decoder:
-        return 1
-    config = model.config.get_text_config(decoder=True)
-    return config.num_attention_heads // (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
 
 
 def _accepts(model: torch.nn.Module, argument: str) -> bool:

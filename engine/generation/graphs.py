@@ -20,6 +20,11 @@ import torch
 logger = logging.getLogger(__name__)
 
 WINDOW_STRIDE = 64
+# Families whose forward pass was checked to ask nothing of the device (tests/test_generation_parity.py).
+CAPTURABLE_MODEL_TYPES = frozenset(
+    {"bart", "marian", "mbart", "mt5", "pegasus", "t5", "umt5"}
+    | {"exaone4", "gemma", "gpt2", "gpt_neox", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3"}
+)
 MIN_STEPS = 16  # a capture costs about two eager steps per window
 
 
@@ -99,5 +104,7 @@ def worth_capturing(model: torch.nn.Module, device: torch.device, steps: int) ->
     """Whether a call should decode with fixed shapes. Not for models spread over devices, nor under autocast, whose
     cache of converted weights would end up in a graph's memory."""
     if device.type != "cuda" or steps < MIN_STEPS or hasattr(model, "hf_device_map"):
+        return False
+    if model.config.model_type not in CAPTURABLE_MODEL_TYPES:
         return False
     return not torch.is_autocast_enabled("cuda")

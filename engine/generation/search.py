@@ -29,7 +29,9 @@ from engine.generation.processors import Chain, History, OutputOnly, VocabularyM
 logger = logging.getLogger(__name__)
 
 # Families whose forward pass was checked against `generate` (tests/test_generation_parity.py).
-VERIFIED_MODEL_TYPES = frozenset({"bart", "mbart", "t5", "mt5", "llama", "mistral", "qwen2", "qwen3"})
+_ENCODER_DECODERS = {"bart", "m2m_100", "marian", "mbart", "mt5", "pegasus", "t5", "umt5"}
+_CAUSAL = {"exaone4", "gemma", "gpt2", "gpt_neox", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3"}
+VERIFIED_MODEL_TYPES = frozenset(_ENCODER_DECODERS | _CAUSAL)
 _HANDLED_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.BEAM_SEARCH)
 _KNOWN_MODEL_KWARGS = {
     "attention_mask",
