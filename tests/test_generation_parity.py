@@ -348,6 +348,10 @@ def test_embedding_larger_than_head(family):  # 77
     inputs = batch(model)
     inputs["input_ids"][:, 5] = VOCABULARY + 4
     rules = {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2}
+    try:
+        reference(model, **inputs, **BEAMS, **rules)
+    except RuntimeError:
+        pytest.skip("this transformers cannot do it itself")
     check(model, **inputs, **BEAMS, **rules)
     inputs["input_ids"][:, -1] = VOCABULARY + 4
     check(model, **inputs, **BEAMS, **rules)

@@ -6,6 +6,7 @@ Only the `forward` of single layers is replaced, on the instance, and removed ag
 from __future__ import annotations
 
 import logging
+import os
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -59,7 +60,7 @@ def _packed(module: torch.nn.Linear) -> Callable | None:
     weight, bias = module.weight, module.bias
     if weight.device.type != "cpu" or weight.dtype != torch.float32 or weight.numel() < MIN_WEIGHTS_TO_PACK:
         return None
-    if not _packing_works():
+    if not _packing_works() or not _room_for(weight.nbytes, weight.device):
         return None
     ops = torch.ops.mkldnn
     packed = ops._reorder_linear_weight(weight.detach(), 64)
@@ -114,8 +115,11 @@ def _dequantised(module: torch.nn.Module) -> Callable | None:
 
 def _room_for(size: int, device: torch.device) -> bool:
     """Whether `size` bytes fit while half of the free memory stays free for the cache."""
-    if device.type != "cuda":
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    elif hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    else:
         return True
-    free, _ = torch.cuda.mem_get_info(device)
-    reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return size < (free + reusable) // 2
+    return size < free // 2
