@@ -110,6 +110,7 @@ def test_script_is_sound() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not os.environ.get("FULL_TESTS"), reason="minutes of training; set FULL_TESTS=1")
 def test_adapters_improve_on_their_base(tmp_path: Path) -> None:
     done = chain(tmp_path, TEST, short=False)
     for run in (done.base, done.qlora):
