@@ -19,7 +19,6 @@ from contextlib import ExitStack
 from typing import NamedTuple
 
 import torch
-from transformers.modeling_outputs import BaseModelOutput
 
 from engine import scoring
 from engine.generation import GenerationSettings, Hypothesis, api, modelstate
@@ -149,6 +148,7 @@ def generate_together(
         models: all encoder-decoders or all causal, over one vocabulary. The first one's generation config counts.
         prompts: for each model its own token ids of every row (prompts may differ between models).
         weights: of the models' probabilities; equal where None.
+        vocabulary_mask: 0 / -inf, `[V]`, or one row per prompt.
 
     Raises: ValueError: vocabularies of different sizes, a model that our search does not run, prompts that do not pair.
     """
@@ -169,8 +169,10 @@ def generate_together(
                 api.pad([rows[i] for i in batch], pad_token_id, left=not seq2seq, device=base.device)
                 for base, rows in zip(bases, prompts, strict=True)
             ]
-            search = _TogetherSearch(settings.repetition_scope, vocabulary_mask, bases, inputs, shares)
-            hypotheses = api._hypotheses(_run(bases[0], *inputs[0], settings, search), settings.num_return_sequences)
+            mask = api.mask_of(vocabulary_mask, batch)
+            search = _TogetherSearch(settings.repetition_scope, mask, bases, inputs, shares)
+            generated = api.run_search(bases[0], *inputs[0], settings, search)
+            hypotheses = api.as_hypotheses(generated, settings.num_return_sequences)
             for i, found in zip(batch, hypotheses, strict=True):
                 results[i] = found
             if on_batch is not None:
@@ -195,22 +197,6 @@ def _refuse_strangers(bases: Sequence[torch.nn.Module]) -> None:
         raise ValueError("encoder-decoders and causal models cannot be decoded together")
     if len(sizes) > 1:
         raise ValueError(f"the models' vocabularies differ: {sorted(sizes)} tokens")
-
-
-def _run(base, input_ids, attention_mask, settings: GenerationSettings, search: _TogetherSearch) -> api.Generated:
-    prompt_length = 1 if base.config.is_encoder_decoder else input_ids.shape[1]
-    arguments = settings.generate_arguments(prompt_length)
-    if base.config.is_encoder_decoder:
-        arguments["encoder_outputs"] = BaseModelOutput(last_hidden_state=encode(base, input_ids, attention_mask))
-    decoded = base.generate(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        custom_generate=search,
-        return_dict_in_generate=True,
-        output_scores=settings.output_scores,
-        **arguments,
-    )
-    return api._measure(decoded, base, settings, arguments["max_length"] - prompt_length)
 
 
 class _TogetherSearch(Search):

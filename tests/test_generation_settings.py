@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from generation_toys import (
     shared,
 )
 from transformers import GenerationConfig
+from transformers.utils.logging import warning_once
 
 from engine.generation import GenerationSettings, generate
 
@@ -175,3 +177,32 @@ def test_resolved_settings_raise_no_warning_in_transformers(caplog, recwarn):
     assert not [w for w in recwarn if "max_" in str(w.message)]
     assert "max_new_tokens" not in caplog.text
     assert out.lengths.dtype == torch.long
+
+
+@pytest.mark.parametrize("values", [{"num_beams": 1, "early_stopping": True, "length_penalty": 2.0}, {"num_beams": 3}])
+def test_settings_without_meaning_raise_no_warning_either(values, caplog):
+    """A greedy call after training with beams, a beam search with a chat model's temperature."""
+    model = shared("qwen3")
+    own = model.generation_config
+    own.do_sample, own.temperature, own.top_p, own.top_k = True, 0.6, 0.9, 20
+    try:
+        settings = GenerationSettings.resolve(
+            values | {"max_new_tokens": 3}, model_generation_config=own, is_encoder_decoder=False
+        )
+        with caplog.at_level("WARNING", logger="transformers"), transformers_logs():
+            generate(model, **batch(model), settings=settings)
+    finally:
+        own.do_sample = own.temperature = own.top_p = own.top_k = None
+    assert not caplog.records
+
+
+@contextmanager
+def transformers_logs():
+    """Their logger hands records to its own handler only; here the test's has to see them."""
+    logger = logging.getLogger("transformers")
+    before, logger.propagate = logger.propagate, True
+    warning_once.cache_clear()
+    try:
+        yield
+    finally:
+        logger.propagate = before

@@ -65,7 +65,8 @@ def generate(
     Raises: ValueError: from transformers, for settings that do not fit this batch (prompt longer than max_length).
     """
     with _prepared(model, settings.max_new_tokens or settings.max_length) as base:
-        return _run(base, input_ids, attention_mask, settings, vocabulary_mask, generator)
+        search = _search(settings, input_ids.device, vocabulary_mask, generator)
+        return run_search(base, input_ids, attention_mask, settings, search)
 
 
 def generate_all(
@@ -106,10 +107,8 @@ def generate_all(
             [len(p) for p in prompts], settings, tokens_per_batch, max_batch_size, sort_by_length, encoder_decoder
         ):
             ids, mask = pad([prompts[i] for i in batch], pad_token_id, left=not encoder_decoder, device=device)
-            rows = vocabulary_mask
-            if rows is not None and rows.dim() == 2:
-                rows = rows[torch.tensor(batch, device=rows.device)]
-            hypotheses = _hypotheses(_run(base, ids, mask, settings, rows, generator), settings.num_return_sequences)
+            search = _search(settings, device, mask_of(vocabulary_mask, batch), generator)
+            hypotheses = as_hypotheses(run_search(base, ids, mask, settings, search), settings.num_return_sequences)
             for i, found in zip(batch, hypotheses, strict=True):
                 results[i] = found
             if on_batch is not None:
@@ -179,12 +178,29 @@ def _prepared(model: torch.nn.Module, steps: int) -> Iterator[torch.nn.Module]:
         yield base
 
 
-def _run(base, input_ids, attention_mask, settings, vocabulary_mask, generator) -> Generated:
+def mask_of(vocabulary_mask: torch.Tensor | None, batch: Sequence[int]) -> torch.Tensor | None:
+    """The part of a vocabulary mask `[V]` or `[prompts, V]` that belongs to a batch of prompts."""
+    if vocabulary_mask is None or vocabulary_mask.dim() == 1:
+        return vocabulary_mask
+    return vocabulary_mask[torch.tensor(batch, device=vocabulary_mask.device)]
+
+
+def _search(settings, device: torch.device, vocabulary_mask, generator) -> Search:
     if vocabulary_mask is not None:
-        vocabulary_mask = vocabulary_mask.to(input_ids.device)
+        vocabulary_mask = vocabulary_mask.to(device)
     if settings.do_sample and generator is None:
-        generator = _copy_of_global(input_ids.device)
-    search = Search(settings.repetition_scope, vocabulary_mask, generator)
+        generator = _copy_of_global(device)
+    return Search(settings.repetition_scope, vocabulary_mask, generator)
+
+
+def run_search(
+    base: torch.nn.Module,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    settings: GenerationSettings,
+    search: Search,
+) -> Generated:
+    """Decode one batch with a given search, on a model that is prepared already (see `_prepared`)."""
     prompt_length = 1 if base.config.is_encoder_decoder else input_ids.shape[1]
     arguments = settings.generate_arguments(prompt_length)
     if base.config.is_encoder_decoder and attention_mask is not None:
@@ -229,7 +245,7 @@ def _as_tensor(token_ids, default, device: torch.device) -> torch.Tensor:
     return torch.tensor(token_ids, dtype=torch.long, device=device).reshape(-1)
 
 
-def _hypotheses(generated: Generated, count: int) -> list[list[Hypothesis]]:
+def as_hypotheses(generated: Generated, count: int) -> list[list[Hypothesis]]:
     """Rows as Python values, `count` per example."""
     lengths, ended = generated.lengths.tolist(), generated.ended.tolist()
     scores = [None] * len(lengths) if generated.scores is None else generated.scores.tolist()

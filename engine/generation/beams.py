@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 FAR = -1.0e9
+SPARE = 64  # candidates looked at beyond those needed, before all scores are masked
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,15 @@ class BeamRules:
 
 
 class Beams:
-    """Running and finished hypotheses. `running` scores `[B, K]`; `trace` `[B, K, 2, T]`: token and parent."""
+    """Running and finished hypotheses. `running` scores `[B, K]`; `trace` `[B, K, 2, T]`: token and parent.
 
-    def __init__(self, examples: int, rules: BeamRules, device: torch.device):
+    Args: mask: vocabulary mask, 0 / -inf, `[V]` or `[B, V]`.
+    """
+
+    def __init__(self, examples: int, rules: BeamRules, device: torch.device, mask: torch.Tensor | None = None):
         self.rules = rules
+        self.mask = mask
+        self.look_first = device.type == "cpu"  # on a GPU masking is cheap, and looking makes the host wait
         self.step = 0
         beams = rules.beams
         self.running = torch.zeros(examples, beams, device=device)
@@ -60,13 +66,13 @@ class Beams:
         return self.trace[:, :, 0, : self.step]
 
     def advance(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Take one step. scores: accumulated log-probabilities `[B, K*V]`, modified nowhere.
+        """Take one step. scores: accumulated log-probabilities `[B, K*V]`; the mask is added to them, if that is needed.
 
         Returns: next tokens and the beams that they continue, both `[B, K]`.
         """
         rules = self.rules
         vocabulary = scores.shape[1] // rules.beams
-        best, index = torch.topk(scores, k=rules.candidates)
+        best, index = self._best(scores, vocabulary)
         parents = index.div(vocabulary, rounding_mode="floor")
         tokens = index - parents * vocabulary
         trace = _rows(self.trace, parents)
@@ -82,6 +88,26 @@ class Beams:
         self.step += 1
         self._judge()
         return tokens.gather(1, chosen), parents.gather(1, chosen)
+
+    def _best(self, scores: torch.Tensor, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The C best candidates that the mask permits, best first, and where they stand: both `[B, C]`.
+
+        Masking all scores costs a pass over them. The best permitted candidates are among the best few as a rule: these
+        are masked first, and everything only from the step on at which they do not suffice.
+        """
+        count = self.rules.candidates
+        if self.mask is None:
+            return torch.topk(scores, k=count)
+        mask = self.mask.expand(scores.shape[0], -1)
+        if self.look_first:
+            best, index = torch.topk(scores, k=min(count + SPARE, scores.shape[1]))
+            penalty = mask.gather(1, index % vocabulary)
+            if bool(((penalty == 0).sum(dim=1) >= count).all()):
+                best, chosen = torch.topk(best + penalty, k=count)
+                return best, index.gather(1, chosen)
+            self.look_first = False
+        scores.view(scores.shape[0], -1, vocabulary).add_(mask[:, None])
+        return torch.topk(scores, k=count)
 
     def _hits(self, tokens: torch.Tensor) -> torch.Tensor:
         """`[B, C]`: candidates that end here, by an end token or by length."""
@@ -142,6 +168,8 @@ class Beams:
         self.origin = self.origin.index_select(0, rows)
         for name in ("running", "trace", "done_trace", "done_scores", "done", "improvable", "hits"):
             setattr(self, name, getattr(self, name).index_select(0, rows))
+        if self.mask is not None and self.mask.dim() == 2:
+            self.mask = self.mask.index_select(0, rows)
 
     def _write_out(self) -> None:
         """Store the live examples' hypotheses where they belong among all examples."""

@@ -78,31 +78,21 @@ def _countable(prompt: torch.Tensor, padding: torch.Tensor | None, vocabulary: i
 class Chain:
     """The processors of one `generate` call, in order, over a score buffer `[N, V]`."""
 
-    def __init__(self, processors: Iterable, history: History, vocabulary_mask: torch.Tensor | None = None):
-        """Args: vocabulary_mask: 0 / -inf, `[V]` or `[B, V]`, added last."""
+    def __init__(self, processors: Iterable, history: History):
         self.history = history
         self.steps = [_in_place(p, history) for p in processors]
         # A processor that we do not know may hold one state per row, so rows must stay where they are.
         self.rows_may_leave = all(known for _, known in self.steps)
-        self.vocabulary_mask = vocabulary_mask
 
     def __call__(self, scores: torch.Tensor, tokens: torch.Tensor) -> None:
         """Process `scores` `[N, V]` in place, given the generated `tokens` `[B, K, T]`."""
         self.history.tokens = tokens
         for step, _ in self.steps:
             step(scores, self.history)
-        if self.vocabulary_mask is None:
-            return
-        if self.vocabulary_mask.dim() == 1:
-            scores.add_(self.vocabulary_mask)
-        else:
-            scores.view(-1, self.history.beams, scores.shape[-1]).add_(self.vocabulary_mask[:, None])
 
     def keep(self, rows: torch.Tensor) -> None:
         """Drop all examples but `rows`."""
         self.history.keep(rows)
-        if self.vocabulary_mask is not None and self.vocabulary_mask.dim() == 2:
-            self.vocabulary_mask = self.vocabulary_mask.index_select(0, rows)
 
 
 # --- in-place equals ------------------------------------------------------------------------------------------------

@@ -122,7 +122,7 @@ class Search:
             early_stopping=config.early_stopping,
             end_ids=end_ids,
         )
-        beams = Beams(prompt.shape[0], rules, prompt.device)
+        beams = Beams(prompt.shape[0], rules, prompt.device, self._mask(logits.shape[-1]))
         logits = logits[:, None].expand(-1, rules.beams, -1)
         buffer = None
         while True:
@@ -151,7 +151,7 @@ class Search:
         examples, rows = prompt.shape[0], decoder.beams
         ends, pad = config._eos_token_tensor, config._pad_token_tensor
         fill = 0 if pad is None else pad
-        limit = config.max_length - prompt.shape[1]
+        limit, mask = config.max_length - prompt.shape[1], self._mask(logits.shape[-1])
         output = torch.full((examples, rows, limit), -1, dtype=torch.long, device=prompt.device)
         output[:] = fill
         live = torch.arange(examples, device=prompt.device)
@@ -160,6 +160,8 @@ class Search:
         for step in range(limit):
             scores = logits.to(torch.float32, copy=True).flatten(0, 1)
             chain(scores, output[live, :, :step])
+            if mask is not None:
+                scores.view(logits.shape).add_(mask if mask.dim() == 1 else mask[live][:, None])
             tokens = self._choose(scores, config.do_sample).view(-1, rows)
             if ends is not None:
                 tokens = torch.where(open_rows, tokens, fill)
@@ -190,6 +192,12 @@ class Search:
         """Whether the settled examples should leave the batch now."""
         return self.compaction and any(settled) and sum(settled) >= self.least_share * len(settled)
 
+    def _mask(self, vocabulary: int) -> torch.Tensor | None:
+        mask = self.vocabulary_mask
+        if mask is not None and mask.shape[-1] != vocabulary:
+            raise ValueError(f"the vocabulary mask has {mask.shape[-1]} entries, the model scores {vocabulary} tokens")
+        return mask
+
     def _chain(self, processors, prompt: torch.Tensor, copies: int, vocabulary: int) -> Chain:
         padding = None
         for processor in processors:
@@ -197,7 +205,7 @@ class Search:
             if isinstance(ignored, torch.Tensor):
                 padding = ignored[::copies]
         history = History(prompt, copies, self.scope, padding, vocabulary)
-        return Chain(processors, history, self.vocabulary_mask)
+        return Chain(processors, history)
 
     def _hand_back(self, model, input_ids, processors, stopping, config, model_kwargs) -> Decoded:
         """Run transformers' own loop, with our scope and vocabulary mask as ordinary processors."""
@@ -235,6 +243,8 @@ def unsupported(model, config, processors, stopping, model_kwargs: dict[str, Any
         return f"mode {mode}"
     if model.config.model_type not in VERIFIED_MODEL_TYPES:
         return f"model type {model.config.model_type} was never checked"
+    if not _tells_attentions_apart(model):
+        return f"this transformers does not mark the self-attention of {model.config.model_type}"
     if not config.use_cache:
         return "use_cache=False"
     if config.output_attentions or config.output_hidden_states or config.output_logits:
@@ -251,6 +261,13 @@ def unsupported(model, config, processors, stopping, model_kwargs: dict[str, Any
     if any(isinstance(p, _ROWWISE_ONLY) for p in processors):
         return "guidance, prefix function or watermark"
     return None
+
+
+def _tells_attentions_apart(model) -> bool:
+    """Whether a decoder's self-attention can be told from its cross-attention: before 5.23 UMT5's could not."""
+    if not model.config.is_encoder_decoder:
+        return True
+    return any(getattr(module, "is_causal", False) for module in model.get_decoder().modules())
 
 
 def _plain_cache(cache) -> bool:

@@ -126,6 +126,8 @@ class GenerationSettings:
                 arguments[name] = None
         arguments["max_length"] = prompt_length + self.new_token_limit(prompt_length)
         arguments["max_new_tokens"] = None
+        if self.num_beams == 1:  # these mean nothing then, and transformers would warn of any other value
+            arguments |= {"early_stopping": False, "length_penalty": 1.0}
         return arguments | dict(self.extra)
 
 
