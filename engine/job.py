@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-import resource
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from engine import models, numerics, stopping, validation
+from engine import memory, models, numerics, stopping, validation
 from engine.checkpoints import EngineState, weights_of
 from engine.losses import IGNORE_INDEX
 from engine.state import TrainerState, Update, Window
@@ -135,7 +134,7 @@ class Job:
             "samples_per_second": state.interval_samples / seconds,
             "seconds": state.interval_seconds,
             "skipped_updates": state.skipped,
-            "peak_memory_gib": self._peak_memory(),
+            "peak_memory_gib": memory.measured_peak(self.runtime.device),
             "sample_ids_sha256": hashlib.sha256("\n".join(window.ids).encode()).hexdigest(),
         }
         if self.scaler.is_enabled():
@@ -145,12 +144,6 @@ class Job:
         log.debug("step %d  loss %.4f  grad_norm %.3f", state.step, row["loss"], update.grad_norm)
         state.interval_loss = state.interval_seconds = 0.0
         state.interval_tokens = state.interval_cells = state.interval_samples = 0
-
-    def _peak_memory(self) -> float:
-        """Most memory this rank has held: of the GPU where there is one, else resident memory of the process (GiB)."""
-        if self.runtime.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.runtime.device) / 2**30
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
     # Evaluation
 
@@ -177,6 +170,7 @@ class Job:
         state.evaluation_seconds += evaluation.metrics["seconds"]
         self._judge(evaluation.metrics.get(settings.metric))
         self._report(evaluation)
+        numerics.check_evaluation(evaluation.metrics.get("loss"), state.step, self.scaler, self.recipe.training)
         self.clock = time.perf_counter()
 
     def _judge(self, value: float | None) -> None:
@@ -240,8 +234,10 @@ class Job:
         state, metric = self.state, self.recipe.evaluation.metric
         if state.saved_step == state.step:
             return
+        numerics.check_weights(self.bundle.model, state.step)
         state.saved_step = state.step
         known = state.best_step is not None
+        scored = state.evaluated_step == state.step and state.evaluated_value is not None
         self.store.save(
             state.step,
             EngineState(
@@ -254,7 +250,7 @@ class Job:
             ),
             weights=lambda: weights_of(self.bundle.model),
             write_model=lambda folder, weights: models.save_model(self.bundle, folder, state_dict=weights),
-            metrics={metric: state.evaluated_value} if state.evaluated_step == state.step else None,
+            metrics={metric: state.evaluated_value} if scored and math.isfinite(state.evaluated_value) else None,
         )
         self.clock = time.perf_counter()
 

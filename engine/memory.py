@@ -11,6 +11,7 @@ import copy
 import logging
 import math
 import os
+import resource
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,6 +120,19 @@ def device_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def measured_peak(device: torch.device) -> float:
+    """GiB that this process has held at most: of the GPU where it uses one, else of resident memory.
+
+    `getrusage` answers for the parent of a forked process as well, so Linux's own count of this process is asked first.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    status = Path("/proc/self/status")
+    lines = status.read_text(encoding="utf-8").splitlines() if status.exists() else []
+    fallback = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return next((int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), fallback) / 2**20
 
 
 def _size(count: int) -> str:

@@ -6,6 +6,8 @@ import logging
 import math
 from typing import TYPE_CHECKING
 
+from torch import nn
+
 from engine.errors import EngineError
 
 if TYPE_CHECKING:
@@ -58,6 +60,36 @@ def check_skipping(state: TrainerState, scaler: torch.amp.GradScaler, training: 
         "checkpoints are untouched",
         "use training.precision=bf16 or fp32, or lower training.learning_rate",
     )
+
+
+def check_evaluation(loss: float | None, step: int, scaler: torch.amp.GradScaler, training: Training) -> None:
+    """Raises: EngineError E7.4 for a NaN or infinite dev loss under fp32 and bf16, unless the recipe says to go on."""
+    if loss is None or math.isfinite(loss) or scaler.is_enabled() or training.on_nonfinite != "abort":
+        return
+    raise EngineError(
+        "E7.4",
+        f"the dev loss is {loss}",
+        f"after step {step}",
+        "earlier checkpoints are untouched, and this state is not saved",
+        "lower training.learning_rate, or set training.on_nonfinite=skip",
+    )
+
+
+def check_weights(model: nn.Module, step: int) -> None:
+    """No checkpoint of broken weights: resumed, it could only break again. Ranks hold the same weights and answer alike.
+
+    Raises: EngineError: E7.3 for a NaN or an infinity among the trainable weights, as after an update with an absurd rate.
+    """
+    trainable = [parameter.detach() for parameter in model.parameters() if parameter.requires_grad]
+    largest = float(nn.utils.get_total_norm(trainable, norm_type=math.inf))
+    if not math.isfinite(largest):
+        raise EngineError(
+            "E7.3",
+            f"the weights hold {largest}",
+            f"after step {step}",
+            "earlier checkpoints are untouched, and this state is not saved",
+            "lower training.learning_rate, or set training.max_grad_norm",
+        )
 
 
 def _some(ids: list[str], most: int = 16) -> str:

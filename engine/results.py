@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import platform
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from engine import models, validation
 from engine.assembly import Splits, split_of
 from engine.storage import read_json, write_json_atomically
-from engine.tracking import append_result, read_rows, write_predictions
+from engine.tracking import append_result, read_rows, strict_json, write_predictions
 
 if TYPE_CHECKING:
     from engine.job import Job
@@ -89,7 +90,7 @@ def _record(job: Job, best: int, test_metrics: dict[str, Any] | None) -> dict[st
         "best_metric": job.recipe.evaluation.metric,
         "best_value": state.best_value,
         "metrics": rows[-1] if rows else None,
-        "test_metrics": test_metrics,
+        "test_metrics": None if test_metrics is None else json.loads(strict_json(test_metrics)),
         "last_step": state.step,
         "skipped_updates": state.skipped,
         "stop_reason": state.stop_reason or "done",

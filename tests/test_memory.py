@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -150,3 +153,11 @@ def test_real_shapes_cost_nothing(tmp_path):
     assert estimate["parameters"] - estimate["trainable_parameters"] == 3_212_749_824
     assert estimate["trainable_parameters"] == 24_313_856  # rank 16 on the seven linears
     assert 2.0 < estimate["weights"] / 2**30 < 2.4
+
+
+def test_measured_peak_is_this_process_own(root):
+    """Not that of a large parent, which Linux hands on to children in `getrusage`."""
+    ballast = np.ones(200_000_000)  # 1.5 GiB
+    script = "import torch; from engine.memory import measured_peak; print(measured_peak(torch.device('cpu')))"
+    done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True)
+    assert 0.05 < float(done.stdout) < ballast.nbytes / 2**30

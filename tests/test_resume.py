@@ -196,3 +196,28 @@ def test_a_state_that_does_not_fit_is_the_checkpoints_fault(tmp_path, recipe, mo
     monkeypatch.setattr(torch.optim.AdamW, "load_state_dict", misfit)
     with pytest.raises(EngineError, match=r"error E5\.8"):
         runs.train(recipe, resume="auto")
+
+
+@pytest.mark.parametrize(("rate", "evaluation", "says"), [
+    (1e30, "steps", "E7.4: the dev loss is nan"),
+    (1e30, "no", "E7.1: loss nan"),
+    (float("nan"), "no", "E7.3: the weights hold nan"),
+])  # fmt: skip
+def test_a_ruinous_update_ends_the_run_and_spares_what_was_saved(tmp_path, recipe, monkeypatch, rate, evaluation, says):
+    """Its own loss and gradient are finite: the dev loss, the weights to be saved or the next window show the ruin."""
+    run_dir, plain, calls = tmp_path / "broken", train.train_step, iter(range(100))
+
+    def ruin_third(model, window, optimizer, *rest):
+        if next(calls) == 2:
+            optimizer.param_groups[0]["lr"] = rate
+        return plain(model, window, optimizer, *rest)
+
+    monkeypatch.setattr(train, "train_step", ruin_third)
+    often = ["checkpoint.strategy=steps", "checkpoint.steps=1", f"evaluation.strategy={evaluation}"]
+    often += ["evaluation.steps=1"] if evaluation == "steps" else []
+    with pytest.raises(EngineError, match=says) as caught:
+        runs.train(recipe, *often, f"experiment.output_dir={run_dir}", "training.max_grad_norm=null")
+    assert caught.value.exit_code == 7
+    names = {path.name for path in run_dir.iterdir()}
+    assert "checkpoint-2" in names and not any(name.startswith((".tmp", ".trash", "final")) for name in names)
+    assert ("checkpoint-3" in names) == (says.startswith("E7.1"))
