@@ -140,13 +140,13 @@ class Summarizer:
         steps = len(mine) * (self.settings.max_new_tokens or self.settings.max_length)
         with fast_linears(unwrap(model), steps):  # prepared once, not for each batch
             for rows in mine:
-                summaries = self._decode(model, rows, self._masks(rows, dialogues))
+                summaries = self._decode(model, rows, self.masks(rows, dialogues))
                 done.extend(summaries)
                 if on_batch:
                     on_batch(summaries)
         return done
 
-    def _masks(self, rows: Sequence[Feature], dialogues: Mapping[int, str] | None) -> torch.Tensor | None:
+    def masks(self, rows: Sequence[Feature], dialogues: Mapping[int, str] | None) -> torch.Tensor | None:
         """The script rules' mask (V,), or (B, V) where each row may use the foreign words of its own dialogue."""
         if self.mask is None or not self.settings.keep_source_words:
             return self.mask

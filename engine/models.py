@@ -47,6 +47,7 @@ class ModelBundle:
     prompt: PromptSettings
     lengths: dict[str, int]  # max_source_length, max_target_length
     quantization: dict[str, Any] | None = None  # settings of a 4-bit base
+    prompt_is_known: bool = True  # False: a foreign folder, whose training prompt nobody told
 
     @property
     def generation_config(self) -> GenerationConfig:
@@ -381,6 +382,7 @@ def _load_trained(
         prompt=prompt,
         lengths=lengths,
         quantization=quantization,
+        prompt_is_known=(folder / PROMPT_FILE).is_file(),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import logging
 import os
@@ -15,13 +16,17 @@ from engine import scoring
 from engine.data import Example, read_split
 from engine.errors import EngineError
 from engine.postprocessing import PostprocessReport
-from engine.submission import Table, submission_table, write_submission
+from engine.storage import storage_error, write_text_atomically
+from engine.submission import Table, submission_table, without_empty, write_submission
 
 if TYPE_CHECKING:
     from engine.decoding import Summary
     from engine.recipe import Recipe
 
 log = logging.getLogger("engine.predict")
+_ELSEWHERE = "free some space or choose another --output, then run again"
+# A CSV under such a name would mislead whoever opens it.
+_OTHER_FORMATS = {".parquet", ".pq", ".json", ".xlsx", ".gz", ".zip"}
 
 
 def read_input(path: str, recipe: Recipe) -> list[Example]:
@@ -39,12 +44,31 @@ def read_input(path: str, recipe: Recipe) -> list[Example]:
 
 
 def check_target(examples: Sequence[Example], options: argparse.Namespace) -> None:
-    """Refuse before decoding what could not be written afterwards: a sample that does not fit, a folder that is none."""
-    folder = Path(options.output).parent
-    if folder.exists() and not folder.is_dir():
+    """Refuse before decoding what could not be written afterwards, and make the output's folder.
+
+    Raises:
+        EngineError: E2 for a name that is no CSV or JSONL file or is the input's, E3 for a sample that does not fit, E6 for a
+            place that cannot be written.
+    """
+    output = Path(options.output)
+    no_file = options.output == "-" or (output.exists() and not output.is_file())  # devices would be replaced
+    if no_file or output.suffix.lower() in _OTHER_FORMATS:
         raise EngineError(
-            "E6.10", "the output's folder is a file", str(folder), "nothing was decoded", "choose another --output"
+            "E2.31",
+            f"predictions are written as CSV, or as JSON lines to a name in .jsonl, not to {options.output}",
+            "--output",
+            "nothing was decoded",
+            "choose another --output",
         )
+    if options.input != "-" and output.exists() and output.samefile(options.input):
+        what = "the output would replace the input"
+        raise EngineError("E2.32", what, str(output), "nothing was decoded", "choose another --output")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(output.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise storage_error(error, output, "preparing the output", "nothing was decoded", _ELSEWHERE) from error
     if options.sample_submission is not None:
         ids = [example.id for example in examples]
         submission_table(ids, ["?"] * len(ids), options.sample_submission)
@@ -53,33 +77,33 @@ def check_target(examples: Sequence[Example], options: argparse.Namespace) -> No
 def write(
     examples: Sequence[Example], summaries: Sequence[Summary], options: argparse.Namespace, recipe: Recipe
 ) -> None:
-    """Write the output file and tell scores and how the texts ended."""
-    texts = _without_empty(examples, summaries)
+    """Write the output file and tell scores and how the texts ended. Raises: EngineError E6 where it cannot be written."""
+    texts = without_empty(
+        [row.id for row in examples], [row.dialogue for row in examples], [summary.text for summary in summaries]
+    )
     output = Path(options.output)
-    ids = [example.id for example in examples]
-    if options.sample_submission is not None:
-        write_submission(submission_table(ids, texts, options.sample_submission), output)
-    elif output.suffix == ".jsonl":
-        _write_jsonl(output, _n_best(examples, summaries, texts))
-    elif len(summaries[0].texts) > 1:
-        write_submission(_n_best_table(examples, summaries, texts), output)
-    else:
-        write_submission(submission_table(ids, texts), output)
+    try:
+        _write_file(examples, summaries, texts, output, options.sample_submission)
+    except OSError as error:
+        kept = "decoded rows are kept beside it"
+        raise storage_error(error, output, "writing the output", kept, _ELSEWHERE) from error
     log.info("%d summaries in %s", len(texts), output)
     _tell(examples, summaries, texts, recipe)
 
 
-def _without_empty(examples: Sequence[Example], summaries: Sequence[Summary]) -> list[str]:
-    """Texts with no empty cell: where the model wrote nothing, the dialogue's first two turns stand in, and are told."""
-    empty = [example.id for example, summary in zip(examples, summaries, strict=True) if not summary.text.strip()]
-    if empty:
-        log.warning(
-            "%d empty summaries replaced by the dialogue's first two turns: %s", len(empty), ", ".join(empty[:10])
-        )
-    return [
-        summary.text if summary.text.strip() else scoring.lead_baseline(example.dialogue)
-        for example, summary in zip(examples, summaries, strict=True)
-    ]
+def _write_file(
+    examples: Sequence[Example], summaries: Sequence[Summary], texts: list[str], output: Path, sample: str | None
+) -> None:
+    ids = [example.id for example in examples]
+    if sample is not None:
+        write_submission(submission_table(ids, texts, sample), output)
+    elif output.suffix.lower() == ".jsonl":
+        rows = _n_best(examples, summaries, texts)
+        write_text_atomically(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    elif len(summaries[0].texts) > 1:
+        write_submission(_n_best_table(examples, summaries, texts), output)
+    else:
+        write_submission(submission_table(ids, texts), output)
 
 
 def _n_best(examples: Sequence[Example], summaries: Sequence[Summary], texts: Sequence[str]) -> list[dict[str, Any]]:
@@ -102,13 +126,6 @@ def _n_best_table(examples: Sequence[Example], summaries: Sequence[Summary], tex
         for row in rows
     ]
     return [["fname", "rank", "summary", "score"], *cells]
-
-
-def _write_jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    os.replace(partial, path)
 
 
 def _tell(examples: Sequence[Example], summaries: Sequence[Summary], texts: list[str], recipe: Recipe) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from engine.decoding import Summary
+
+log = logging.getLogger("engine.predict")
 
 
 class PartialResults:
@@ -26,6 +29,7 @@ class PartialResults:
         self.output = Path(output)
         self.path = self.output.with_name(f"{self.output.name}.partial-rank{rank}.jsonl")
         self.fingerprint = fingerprint
+        self._clean = False
 
     def files(self) -> list[Path]:
         return sorted(self.output.parent.glob(f"{_escaped(self.output.name)}.partial-rank*.jsonl"))
@@ -34,19 +38,22 @@ class PartialResults:
         """Records of every rank's file, of this prediction only; each row once."""
         records: dict[int, dict[str, Any]] = {}
         for path in self.files():
-            for line in path.read_text(encoding="utf-8").split("\n")[
-                :-1
-            ]:  # what follows the last newline was cut short
-                batch = json.loads(line)
-                if batch["fingerprint"] == self.fingerprint:
-                    records |= {record["index"]: record for record in batch["rows"]}
+            for line in path.read_bytes().split(b"\n")[:-1]:  # what follows the last newline was cut short
+                try:
+                    batch = json.loads(line)
+                    if batch["fingerprint"] == self.fingerprint:
+                        records |= {record["index"]: record for record in batch["rows"]}
+                except (ValueError, KeyError, TypeError):
+                    log.warning("%s: a damaged line is left out; its rows are decoded again", path)
         return list(records.values())
 
     def append(self, summaries: Sequence[Summary]) -> None:
         """Add one decoded batch and force it to the disk."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         record = {"fingerprint": self.fingerprint, "rows": [asdict(summary) for summary in summaries]}
-        self._drop_torn_line()
+        if not self._clean:  # only a kill tears a line, so only what an earlier process wrote is looked at
+            self._drop_torn_line()
+            self._clean = True
         with self.path.open("a", encoding="utf-8") as handle:
             handle.write(json.dumps(record, ensure_ascii=False) + "\n")
             handle.flush()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +28,23 @@ if TYPE_CHECKING:
     from engine.recipe import Recipe
     from engine.runtime import Runtime
 
-_OPEN_TO_OVERRIDES = ("generation", "data", "runtime", "evaluation")
+log = logging.getLogger("engine.predict")
+_OPEN_TO_OVERRIDES = (
+    "generation",
+    "prompt",
+    "runtime",
+    "data.text_column",
+    "data.summary_column",
+    "data.id_column",
+    "data.topic_column",
+    "data.encoding",
+    "data.on_bad_row",
+    "data.max_bad_rows",
+    "data.max_source_length",
+    "data.max_target_length",
+    "evaluation.per_device_eval_batch_size",
+    "evaluation.rouge_tokenizer",
+)
 
 
 def predict(options: argparse.Namespace, recipe: Recipe, runtime: Runtime) -> list[Summary]:
@@ -43,10 +60,12 @@ def predict(options: argparse.Namespace, recipe: Recipe, runtime: Runtime) -> li
         predictor = Predictor.from_run(
             options.model, device=runtime.device, precision=options.precision, base=options.base
         )
-        predictor.generation = recipe.generation
+        predictor.override(recipe)
         summarizer = predictor.summarizer(recipe.evaluation.per_device_eval_batch_size)
     features = predictor.features([row.dialogue for row in examples], [row.topic for row in examples])
-    partial = PartialResults(options.output, runtime.rank, fingerprint=_fingerprint(options, examples, summarizer))
+    partial = PartialResults(
+        options.output, runtime.rank, fingerprint=_fingerprint(options, examples, summarizer, predictor)
+    )
     dialogues = {index: row.dialogue for index, row in enumerate(examples)}
     with runtime.autocast():
         summaries = decode_rest(predictor, summarizer, dialogues, features, partial, runtime)
@@ -74,6 +93,8 @@ def decode_rest(
     with runtime.together("reading what is decoded already"):
         records = partial.read_all() if runtime.is_main else None
     known = {record["index"]: Summary(**record) for record in runtime.broadcast(records)}
+    if known:
+        log.info("%d of %d rows were decoded before; going on with the others", len(known), len(features))
     with (
         runtime.progress(total=len(features), initial=len(known), desc="summarise", unit="row") as bar,
         torch.no_grad(),
@@ -106,7 +127,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from engine.runtime import start
 
     recipe = with_overrides(recipe_of(model_folder(Path(options.model))), options.overrides, _OPEN_TO_OVERRIDES)
-    with start(recipe) as runtime:
+    # A run trained in fp16 on a GPU must be readable on a laptop: the precision of a prediction is its own.
+    precision = recipe.training.model_copy(update={"precision": options.precision or "auto"})
+    with start(recipe.model_copy(update={"training": precision})) as runtime:
         predict(options, recipe, runtime)
     return 0
 
@@ -134,8 +157,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(arguments)
 
 
-def _fingerprint(options: argparse.Namespace, examples: list[Example], summarizer: Summarizer) -> str:
-    """Of everything that decides a decoded row: model files, settings, input."""
+def _fingerprint(
+    options: argparse.Namespace, examples: list[Example], summarizer: Summarizer, predictor: Predictor
+) -> str:
+    """Of everything that decides a decoded row: model files, prompt, settings, input."""
     from engine.data import fingerprint
     from engine.predictor import model_folder
 
@@ -143,7 +168,8 @@ def _fingerprint(options: argparse.Namespace, examples: list[Example], summarize
     files = sorted(
         (path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in folder.iterdir() if path.is_file()
     )
-    parts = (files, options.base, options.precision, summarizer.describe(), fingerprint(examples))
+    prompt = predictor.bundle.prompt_record()
+    parts = (files, options.base, options.precision, prompt, summarizer.describe(), fingerprint(examples))
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 

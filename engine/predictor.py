@@ -6,7 +6,8 @@ predictor.predict_single("#Person1#: ...")
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from engine.decoding import Summarizer, Summary
     from engine.models import ModelBundle
     from engine.recipe import Generation, Recipe
+
+log = logging.getLogger("engine.predict")
 
 
 class Predictor:
@@ -64,12 +67,41 @@ class Predictor:
         bundle = models.load_trained(folder, device=torch.device(device), precision=precision, base=base)
         return cls(bundle, recipe_of(folder))
 
+    def override(self, recipe: Recipe) -> None:
+        """Take over the generation settings, and what the command line says about lengths and prompt.
+
+        Raises:
+            EngineError: E2 for another prompt than the one the model was trained with.
+        """
+        from engine.prompts import PromptSettings
+        from engine.recipe_reader import COMMAND_LINE
+
+        def asked(section: str) -> list[str]:
+            names = type(getattr(recipe, section)).model_fields
+            return [name for name in names if recipe.origin(f"{section}.{name}") == COMMAND_LINE]
+
+        bundle, self.generation = self.bundle, recipe.generation
+        bundle.lengths |= {name: getattr(recipe.data, name) for name in asked("data") if name in bundle.lengths}
+        if (changed := asked("prompt")) and bundle.prompt_is_known:
+            raise EngineError(
+                "E2.34",
+                "the model must be prompted the way it was trained",
+                f"prompt.{changed[0]}",
+                "nothing was decoded",
+                f"leave prompt.{changed[0]} out",
+            )
+        if changed:
+            bundle.prompt = PromptSettings(**recipe.prompt.model_dump())
+        elif not bundle.prompt_is_known:
+            log.warning("the model came without prompt settings: prompt.style is %s", bundle.prompt.style)
+        self.encoder = bundle.text_encoder()
+
     def predict_single(self, dialogue: str, **gen: Any) -> str:
         """Summary of one dialogue; `gen` overrides generation settings by `generate`'s names."""
         return self.predict_batch([dialogue], batch_size=1, show_progress=False, **gen)[0]
 
     def predict_batch(
-        self, dialogues: Sequence[str], batch_size: int = 32, show_progress: bool = True, **gen: Any
+        self, dialogues: Iterable[str], batch_size: int = 32, show_progress: bool = True, **gen: Any
     ) -> list[str]:
         """Summaries in the order of the dialogues."""
         return [summary.text for summary in self.summarize(dialogues, batch_size, show_progress, **gen)]
@@ -108,26 +140,42 @@ class Predictor:
         """Predict `test_df` (columns fname, dialogue) and write a submission in the sample's format.
 
         Raises:
-            EngineError: E3 where ids, order or columns do not fit the sample.
+            EngineError: E3, before anything is decoded, where ids, order or columns do not fit the sample.
         """
-        from engine.submission import submission_table, write_submission
+        from engine.submission import submission_table, without_empty, write_submission
 
+        if "fname" not in test_df.columns:
+            raise EngineError(
+                "E3.30", f"no column 'fname'; there are {', '.join(map(str, test_df.columns))}", "data frame"
+            )
+        ids = [str(name) for name in test_df["fname"]]
+        submission_table(ids, ["?"] * len(ids), sample_submission)
         predicted = self.predict_dataframe(test_df, batch_size=batch_size, show_progress=show_progress, **gen)
-        table = submission_table(list(predicted["fname"]), list(predicted["summary"]), sample_submission)
-        write_submission(table, Path(output_path))
+        predicted["summary"] = without_empty(ids, list(predicted["dialogue"]), list(predicted["summary"]))
+        write_submission(submission_table(ids, list(predicted["summary"]), sample_submission), Path(output_path))
         return predicted[["fname", "summary"]]
 
     def summarize(
         self,
-        dialogues: Sequence[str],
+        dialogues: Iterable[str],
         batch_size: int = 32,
         show_progress: bool = False,
         topics: Sequence[str] | None = None,
         **gen: Any,
     ) -> list[Summary]:
-        """As `predict_batch`, with scores, n-best lists and how each text ended."""
+        """As `predict_batch`, with scores, n-best lists and how each text ended.
+
+        Raises:
+            EngineError: E2 for settings that cannot be, E3 naming the first dialogue that is no text.
+        """
         from tqdm import tqdm
 
+        if isinstance(dialogues, str):
+            what = "the dialogues are one text, which would be read letter by letter"
+            raise EngineError("E3.31", what, "dialogues", next="give a list, or use predict_single")
+        if batch_size < 1:
+            raise EngineError("E2.33", f"batch_size is {batch_size}", "batch_size", next="give 1 or more")
+        dialogues = list(dialogues)
         features = self.features(dialogues, topics)
         summarizer = self.summarizer(batch_size, **gen)
         with tqdm(total=len(features), disable=not show_progress, ncols=100, desc="summarise", unit="row") as bar:
@@ -144,7 +192,7 @@ class Predictor:
         from engine.data import Example
 
         for number, dialogue in enumerate(dialogues, start=1):
-            if not isinstance(dialogue, str) or not dialogue.strip():
+            if not isinstance(dialogue, str) or not dialogue.strip() or not _is_unicode(dialogue):
                 raise EngineError(
                     "E3.31", f"dialogue {number} is empty or no text", f"row {number}", next="leave it out or fill it"
                 )
@@ -164,6 +212,15 @@ class Predictor:
             max_new_tokens=self.bundle.lengths["max_target_length"],
             batch_size=batch_size,
         )
+
+
+def _is_unicode(text: str) -> bool:
+    """No half characters (lone surrogates), which no tokenizer takes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def model_folder(path: Path) -> Path:

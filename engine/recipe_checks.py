@@ -85,6 +85,8 @@ def check_training(recipe: Recipe) -> Iterator[Finding]:
         yield keys, "is fp16, which CPUs run as fp32; use bf16 or fp32"
     if training.optim.startswith("paged") and on_cpu:
         yield "training.optim runtime.device", f"is {training.optim}, which needs CUDA; use adamw or adamw_8bit"
+    if training.learning_rate > 1e30:
+        yield "training.learning_rate", f"is {training.learning_rate:g}, beyond the float32 that optimizers compute in"
     warm_up = training.warmup_ratio if training.warmup_steps is None else training.warmup_steps
     if training.lr_scheduler_type == "constant" and warm_up:
         keys = "training.lr_scheduler_type training.warmup_steps training.warmup_ratio"

@@ -71,11 +71,12 @@ def load_recipe(path: str | os.PathLike[str], overrides: Overrides = (), *, debu
     return _build(layers, problems)
 
 
-def with_overrides(recipe: Recipe, overrides: Overrides, sections: tuple[str, ...] = ()) -> Recipe:
+def with_overrides(recipe: Recipe, overrides: Overrides, open_to: tuple[str, ...] = ()) -> Recipe:
     """A checked copy of `recipe` with some values changed.
 
-    With `sections`, only keys of these may be named and only rules that concern them are applied: prediction changes
-    `generation.*` of a recipe whose training files need not exist any more.
+    With `open_to` (sections, or single keys as `section.key`) nothing else may be named, and only rules about a changed key are
+    applied: prediction changes `generation.*` of a recipe whose training files need not exist any more, or of a model folder
+    that came without one.
     """
     problems: list[str] = []
     below = Layer(recipe.model_dump())
@@ -83,10 +84,24 @@ def with_overrides(recipe: Recipe, overrides: Overrides, sections: tuple[str, ..
         below.origins |= {(section, key): recipe.origin(f"{section}.{key}") for key in keys}
     below.origins |= {tuple(key.split(".")): where for key, (_, where) in recipe._origins.items()}
     above = _override_layer(overrides, problems)
-    for section in above.values:
-        if sections and section in SECTIONS and section not in sections:
-            problems.append(f"{COMMAND_LINE}: {section}.* cannot be changed here, only {', '.join(sections)}.*")
-    return _build([below, above], problems, sections)
+    problems += _closed(above, open_to) if open_to else []
+    changed = {f"{section}.{key}" for section, keys in above.values.items() if isinstance(keys, dict) for key in keys}
+    return _build([below, above], problems, changed if open_to else None)
+
+
+def _closed(layer: Layer, open_to: tuple[str, ...]) -> Iterator[str]:
+    """What a layer of overrides names that may not be changed. Unknown names are told elsewhere."""
+    for section, keys in layer.values.items():
+        if section in open_to or section not in SECTIONS:
+            continue
+        allowed = [key for key in open_to if key.startswith(f"{section}.")]
+        if not allowed:
+            sections = dict.fromkeys(f"{key.partition('.')[0]}.*" for key in open_to)
+            yield f"{COMMAND_LINE}: {section}.* cannot be changed here, only {', '.join(sections)}"
+            continue
+        known = SECTIONS[section].model_fields.keys() & (keys if isinstance(keys, dict) else ())
+        for key in sorted({f"{section}.{name}" for name in known} - set(allowed)):
+            yield f"{COMMAND_LINE}: {key} changes nothing here; of {section} only {', '.join(allowed)} do"
 
 
 # --- reading files ---------------------------------------------------------------------------------------------------
@@ -267,8 +282,8 @@ def _merge(old: Any, new: Any, path: Key, note: _Note) -> Any:
     return old | {key: _merge(old.get(key), item, (*path, key), note) for key, item in new.items()}
 
 
-def _build(layers: list[Layer], problems: list[str], sections: tuple[str, ...] = ()) -> Recipe:
-    """Merge the layers, check types and rules, and raise once with everything that is wrong."""
+def _build(layers: list[Layer], problems: list[str], changed: set[str] | None = None) -> Recipe:
+    """Merge the layers, check types and rules (given `changed`, only those about these keys); raise once for all of it."""
     merged: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
     origins: dict[str, tuple[int, str]] = {}
     for rank, layer in enumerate(layers, start=1):
@@ -279,7 +294,7 @@ def _build(layers: list[Layer], problems: list[str], sections: tuple[str, ...] =
     recipe = Recipe(**{name: _section(name, values, origins, problems, bad) for name, values in merged.items()})
     recipe._origins = origins
     for keys, message in findings(recipe):
-        concerned = not sections or any(key.split(".")[0] in sections for key in keys)
+        concerned = changed is None or changed.intersection(keys)
         if concerned and not bad.intersection(".".join(key.split(".")[:2]) for key in keys):
             problems.append(f"{_blame(recipe, keys, layers)}: {keys[0]} {message}")
     if problems:

@@ -316,17 +316,17 @@ def _choose_precision(wanted: str, device: str, emulate: bool) -> str:
         raise EngineError(
             "E2.43",
             "this GPU has no bf16",
-            "training.precision",
+            "precision",
             "nothing was started",
-            "use training.precision=fp16 or fp32",
+            "use fp16 or fp32",
         )
     if wanted == "fp16" and device == "cpu" and not emulate:
         raise EngineError(
             "E2.44",
             "fp16 needs a GPU: on the CPU it would be slower than fp32 and no smaller",
-            "training.precision",
+            "precision",
             "nothing was started",
-            "use training.precision=fp32 or bf16",
+            "use fp32 or bf16",
         )
     return wanted
 

@@ -23,6 +23,7 @@ from typing import Any
 from engine.errors import EngineError
 
 _UNSUPPORTED_LOCK = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
+_GO_ON = "free some space or choose another experiment.output_dir, then run again with --resume auto"
 # Callables `(point, path)` met on the way through a save. Only tests fill this list, to kill or to fail there.
 fail_points: list[Callable[[str, Path], None]] = []
 
@@ -106,7 +107,7 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-def storage_error(error: BaseException, path: Path, doing: str, safe: str) -> EngineError:
+def storage_error(error: BaseException, path: Path, doing: str, safe: str, next: str = _GO_ON) -> EngineError:
     """A failed write as E6, with the free space: libraries report a full disk as anything but OSError."""
     try:
         room = f"{free_bytes(path) / 2**20:.0f} MiB free"
@@ -115,8 +116,7 @@ def storage_error(error: BaseException, path: Path, doing: str, safe: str) -> En
     cause = (
         os.strerror(error.errno) if isinstance(error, OSError) and error.errno else f"{type(error).__name__}: {error}"
     )
-    step = "free some space or choose another experiment.output_dir, then run again with --resume auto"
-    return EngineError("E6.1", f"{doing} failed: {cause[:200]}", f"{path}, {room}", safe, step)
+    return EngineError("E6.1", f"{doing} failed: {cause[:200]}", f"{path}, {room}", safe, next)
 
 
 # Nested state <-> two files

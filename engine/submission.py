@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import csv
-import os
+import io
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from engine import scoring
 from engine.errors import EngineError
+from engine.storage import write_text_atomically
 
+log = logging.getLogger("engine.predict")
 Table = list[list[str]]  # the header, then one row per dialogue
 
 
@@ -37,13 +41,25 @@ def submission_table(ids: Sequence[str], summaries: Sequence[str], sample: str |
     return [header, *filled]
 
 
+def without_empty(ids: Sequence[str], dialogues: Sequence[str], texts: Sequence[str]) -> list[str]:
+    """Texts with no empty cell: where the model wrote nothing, the dialogue's first two turns stand in, and are told."""
+    empty = [name for name, text in zip(ids, texts, strict=True) if not text.strip()]
+    if empty:
+        log.warning(
+            "%d empty summaries replaced by the dialogue's first two turns: %s", len(empty), ", ".join(empty[:10])
+        )
+    return [
+        text if text.strip() else scoring.lead_baseline(dialogue)
+        for dialogue, text in zip(dialogues, texts, strict=True)
+    ]
+
+
 def write_submission(table: Table, path: Path) -> None:
     """UTF-8 CSV; newlines and commas inside quoted cells. The file appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w", encoding="utf-8", newline="") as handle:
-        csv.writer(handle, lineterminator="\n").writerows(table)
-    os.replace(partial, path)
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(table)
+    write_text_atomically(path, text.getvalue())
 
 
 def _read_sample(path: Path) -> tuple[list[str], Table]:

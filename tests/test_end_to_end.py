@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -115,6 +116,37 @@ def test_predictor_takes_settings_by_name(trained):
     assert caught.value.exit_code == 3
 
 
+def test_predictor_refuses_what_it_cannot_read(trained):
+    folder, _ = trained
+    predictor = Predictor.from_run(folder / "run")
+    assert predictor.predict_batch(text for text in ["안녕?"]) == [predictor.predict_single("안녕?")]
+    for dialogues, batch_size in (["\ud800"], 4), ([None], 4), ("안녕", 4), (["안녕"], 0):
+        with pytest.raises(EngineError) as caught:
+            predictor.predict_batch(dialogues, batch_size=batch_size)
+        assert caught.value.exit_code == (3 if batch_size else 2)
+
+
+def test_a_submission_is_checked_before_and_never_lost_after_decoding(trained, tmp_path, monkeypatch):
+    from engine import decoding
+
+    folder, _ = trained
+    predictor, target = Predictor.from_run(folder / "run"), tmp_path / "out.csv"
+    frame = pd.DataFrame({"fname": ["a", "b"], "dialogue": ["#Person1#: 안녕?\n#Person2#: 네.", "뭐 해?"]})
+    sample = tmp_path / "sample.csv"
+    sample.write_text("fname,summary\na,x\nc,y\n", encoding="utf-8")
+
+    def decode(self, model, rows, mask):
+        return [decoding.Summary(row.index, ["" if row.index else "요약"], [0.0], 1, True) for row in rows]
+
+    monkeypatch.setattr(decoding.Summarizer, "_decode", decode)
+    assert list(predictor.create_submission(frame, target, show_progress=False)["summary"]) == ["요약", "뭐 해?"]
+    monkeypatch.setattr(decoding.Summarizer, "_decode", lambda *_: pytest.fail("decoded too early"))
+    for wrong, given in ((frame.drop(columns="fname"), None), (frame, sample), (frame.assign(fname="a"), None)):
+        with pytest.raises(EngineError) as caught:
+            predictor.create_submission(wrong, target, sample_submission=given)
+        assert caught.value.exit_code == 3
+
+
 def test_script_rules_reach_the_text(trained):
     """No Latin letter outside placeholders, unless the dialogue has the word and the rule spares it."""
     folder, _ = trained
@@ -129,7 +161,7 @@ def test_script_rules_reach_the_text(trained):
 
 def _masks(predictor, dialogues, keep_source_words):
     summarizer = predictor.summarizer(2, block_scripts=["latin"], keep_source_words=keep_source_words)
-    mask = summarizer._masks(predictor.features(dialogues), dict(enumerate(dialogues)))
+    mask = summarizer.masks(predictor.features(dialogues), dict(enumerate(dialogues)))
     return mask if mask.dim() == 2 else [mask] * len(dialogues)
 
 
@@ -160,7 +192,95 @@ def test_predict_command_on_one_and_two_ranks(trained):
     assert not list(folder.glob("*.partial*"))
 
 
-def test_a_prediction_goes_on_where_it_stopped(trained, monkeypatch):
+def test_a_model_folder_without_a_recipe_predicts(trained, tmp_path):
+    """Any Hugging Face folder will do: no training file is asked for, columns and settings come from the command line."""
+    from engine import predict
+
+    folder, _ = trained
+    foreign = tmp_path / "model"
+    own = ("recipe.yaml", "prompt_settings.json")
+    shutil.copytree(folder / "run" / "final_model", foreign, ignore=shutil.ignore_patterns(*own))
+    source = tmp_path / "rows.csv"
+    source.write_text('번호,대화\n가,"#Person1#: 안녕?"\n나,"#Person1#: 뭐 해?"\n', encoding="utf-8")
+    columns = ["data.id_column=번호", "data.text_column=대화", "data.summary_column=요약"]
+    arguments = [str(foreign), "--input", str(source), "--output", str(tmp_path / "out.csv"), *columns]
+    assert predict.main([*arguments, "generation.max_new_tokens=4"]) == 0
+    written = (tmp_path / "out.csv").read_text(encoding="utf-8").splitlines()
+    assert [line.split(",")[0] for line in written[1:]] == ["가", "나"]
+    with pytest.raises(EngineError, match="num_return_sequences"):
+        predict.main([*arguments, "generation.num_return_sequences=9"])
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_a_run_of_any_precision_predicts_on_the_cpu(trained, tmp_path, precision):
+    """Trained in fp16 on a GPU, read on a laptop: in float32, unless the command says otherwise."""
+    from engine import predict
+
+    folder, _ = trained
+    moved = tmp_path / "model"
+    shutil.copytree(folder / "run" / "final_model", moved)
+    text = (moved / "recipe.yaml").read_text(encoding="utf-8")
+    assert "precision: fp32" in text
+    (moved / "recipe.yaml").write_text(text.replace("precision: fp32", f"precision: {precision}"), encoding="utf-8")
+    outputs = []
+    for model in (folder / "run", moved):
+        outputs.append(tmp_path / f"{len(outputs)}.csv")
+        arguments = ["--input", str(folder / "test.jsonl"), "--output", str(outputs[-1])]
+        assert predict.main([str(model), *arguments]) == 0
+    assert outputs[0].read_bytes() == outputs[1].read_bytes()
+
+
+def test_overrides_of_a_prediction_work_or_are_refused(trained, tmp_path, monkeypatch, capsys):
+    """None is taken and then dropped: lengths reach the prompt, the prompt of a trained model is its own."""
+    from engine import decoding, predict
+
+    folder, _ = trained
+    seen: list[list[int]] = []
+
+    def decode(self, model, rows, mask):
+        seen.append([len(row.input_ids) for row in rows])
+        limits.append(self.settings.max_new_tokens)
+        return [decoding.Summary(row.index, ["요약"], [0.0], 1, True) for row in rows]
+
+    limits: list[int] = []
+    monkeypatch.setattr(decoding.Summarizer, "_decode", decode)
+    arguments = [str(folder / "run"), "--input", str(folder / "test.jsonl"), "--output", str(tmp_path / "out.csv")]
+    free = ["generation.max_new_tokens=null"]
+    assert predict.main([*arguments, *free]) == predict.main([*arguments, "data.max_source_length=7", *free]) == 0
+    assert max(seen[0]) > 7 and max(seen[1]) == 7
+    assert predict.main([*arguments, "data.max_target_length=5", *free]) == 0 and limits[-1] == 5
+    for refused in ("prompt.style=instruction", "data.max_test_samples=1", "evaluation.metric=loss", "training.seed=1"):
+        with pytest.raises(EngineError) as caught:
+            predict.main([*arguments, refused])
+        assert caught.value.exit_code == 2 and refused.partition("=")[0].partition(".")[0] in str(caught.value)
+    foreign = tmp_path / "model"
+    own = shutil.ignore_patterns("recipe.yaml", "prompt_settings.json")
+    shutil.copytree(folder / "run" / "final_model", foreign, ignore=own)
+    capsys.readouterr()
+    assert predict.main([str(foreign), *arguments[1:]]) == 0
+    assert "came without prompt settings: prompt.style is plain" in capsys.readouterr().err
+    assert predict.main([str(foreign), *arguments[1:], "prompt.prefix=요약: "]) == 0
+    assert max(seen[-1]) > max(seen[-2])
+
+
+@pytest.mark.parametrize(
+    ("output", "code"), [("-", 2), ("out.parquet", 2), ("in.csv", 2), (".", 2), ("/dev/null", 2), ("in.csv/out.csv", 6)]
+)
+def test_outputs_are_refused_before_anything_is_decoded(trained, tmp_path, output, code):
+    from engine import predict
+
+    folder, _ = trained
+    source = tmp_path / "in.csv"
+    source.write_text('fname,dialogue\na,"#Person1#: 안녕?"\n', encoding="utf-8")
+    before = source.read_bytes()
+    target = output if output in ("-", "/dev/null") else str(tmp_path / output)
+    with pytest.raises(EngineError) as caught:
+        predict.main([str(folder / "run"), "--input", str(source), "--output", target])
+    assert caught.value.exit_code == code and "nothing was decoded" in str(caught.value)
+    assert source.read_bytes() == before and [path.name for path in tmp_path.iterdir()] == ["in.csv"]
+
+
+def test_a_prediction_goes_on_where_it_stopped(trained, monkeypatch, capsys):
     """Batches that a side file holds are not decoded again, and the file comes out the same."""
     from engine import decoding, predict
 
@@ -185,9 +305,11 @@ def test_a_prediction_goes_on_where_it_stopped(trained, monkeypatch):
         predict.main([*arguments, "--output", str(resumed), batch])
     assert not resumed.exists() and len(decoded) == 2
     side = next(folder.glob("resumed.csv.partial-rank0.jsonl"))
-    side.write_text(side.read_text(encoding="utf-8") + '{"fingerprint": "torn', encoding="utf-8")
+    side.write_text(side.read_text(encoding="utf-8") + 'no JSON\n{"fingerprint": "torn', encoding="utf-8")
     counted.alive = True
+    capsys.readouterr()
     assert predict.main([*arguments, "--output", str(resumed), batch]) == 0
+    assert "2 of 5 rows were decoded before" in capsys.readouterr().err
     assert sorted(decoded) == list(range(5)), "every row once"
     assert resumed.read_bytes() == whole.read_bytes()
 

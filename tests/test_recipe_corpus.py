@@ -196,6 +196,7 @@ BAD_OVERRIDES = [
     (["evaluation.strategy=no", "evaluation.steps=3"], "has no effect while evaluation.strategy is no"),
     (["evaluation.strategy=never"], "one of epoch, steps, no; got 'never'"),
     (["evaluation.metric=rouge_sum", "evaluation.generate=false"], "does not produce"),
+    (["training.learning_rate=1e38"], "is 1e+38, beyond the float32"),
     (["generation.do_sample=maybe"], "true or false; got 'maybe'"),
     (["experiment.name=../../etc"], "experiment.name must be"),
 ]  # fmt: skip
