@@ -289,9 +289,9 @@ class CheckpointStore:
         """Stage 6: pointers, then rotation."""
         self.runtime.status.last_checkpoint = self.history.path_of(job.step).name
         self.history.set_last(job.step)
-        reached("after-last", self.run_dir)
+        reached("after-last", self.run_dir / "last.json")
         self.history.point_at_best()
-        reached("after-best", self.run_dir)
+        reached("after-best", self.run_dir / "best.json")
         self.history.rotate()
 
     def wait(self) -> bool:

@@ -141,7 +141,8 @@ def _tell(error: BaseException, outcome: Outcome, wants_trace: bool) -> None:
     if owner is None and rank > 0:
         # Failed before the ranks could speak, most likely all in the same way: rank 0 says so, and its end ends this
         # one. A rank that is still there after that was alone with its trouble.
-        time.sleep(3.0 if outcome.error is not None else 0.0)
+        alone = outcome.error is None or outcome.code == errors.DISTRIBUTED
+        time.sleep(0.0 if alone else 3.0)
     if (owner if owner is not None else rank) != rank or (outcome.error is None and rank > 0):
         return
     if wants_trace or outcome.code == errors.BUG:

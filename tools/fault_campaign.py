@@ -34,6 +34,14 @@ from fault_lab import Lab, Plan, Setting
 
 _IO = ("ENOSPC", "EIO")
 _RAISED = {"error": 1, "memory": 8}  # exit codes
+_ALLOWED = {  # exit statuses of the ranks, negative where a signal ended one
+    "kill": {-signal.SIGKILL, 9, 0},
+    "stop": {-signal.SIGKILL, 9, 0},
+    "term": {75, 76, 0, -signal.SIGTERM},  # 76 and the bare signal: before the first update
+    "interrupt": {76, 1},
+    **{action: {code} for action, code in _RAISED.items()},  # the same code on every rank
+    **{action: {6} for action in _IO},
+}
 _COUNTED = {
     "kill": "kills",
     "term": "stops",
@@ -83,7 +91,10 @@ class Campaign:
             struck = self.trial(setting, [plan for plan, _ in chain], f"{name}-{number}")
             missed = [entry for entry, hit in zip(chain, struck, strict=True) if not hit]
             queue += [(self._sooner(setting, plan), tries + 1) for plan, tries in missed if tries < 5]
-            self.counts["faults that never struck"] += sum(tries >= 5 for _, tries in missed)
+            never = [plan for plan, tries in missed if tries >= 5]
+            self.counts["faults that never struck"] += len(never)
+            for plan in never:
+                print(f"never struck: {setting}: {plan}", flush=True)
 
     def _sooner(self, setting: Setting, plan: Plan) -> Plan:
         if plan.kind in ("point", "site"):
@@ -99,17 +110,19 @@ class Campaign:
         run, before = self.work / "runs" / name, len(self.findings)
         run.parent.mkdir(exist_ok=True)
         self.counts["runs"] += 1
-        struck, valid = [False] * len(plans), False
+        struck, valid, after_the_end = [False] * len(plans), False, False
         for index, plan in enumerate(plans):
             struck[index], valid = self._endure(setting, run, plan, valid)
-            if fault_lab.read(run / "run_status.json").get("code") == 0 or len(self.findings) > before:
+            done = fault_lab.read(run / "run_status.json").get("code") == 0
+            if done or len(self.findings) > before:
+                after_the_end = done and struck[index]
                 break
         else:
             statuses = self.lab.attempt(setting, run, Plan())
             self.counts["resumes"] += valid
             if any(statuses):
                 self.findings.append(f"{setting}: the last resume ended with {statuses}, see {run.with_suffix('.log')}")
-        self._compare(setting, run)
+        self._compare(setting, run, after_the_end)
         if len(self.findings) == before:
             shutil.rmtree(run)
             run.with_suffix(".log").unlink()
@@ -138,20 +151,10 @@ class Campaign:
         self.counts[_COUNTED[plan.action]] += 1
         if plan.action in ("kill", "stop"):
             self.counts[f"{_COUNTED[plan.action]}: {setting.model}, rank {plan.victim} of {setting.ranks}"] += 1
-            allowed = {-signal.SIGKILL, 9, 0}
-        elif plan.action == "term":
-            allowed = {75, 76, 0, -signal.SIGTERM}  # 76 and the bare signal: before the first update
-        elif plan.action == "interrupt":
-            allowed = {76, 1}
-        elif plan.action in _RAISED:
-            allowed = {_RAISED[plan.action]}  # the same code on every rank
-        else:
-            allowed = {6}
-            for name, files in old.items():
-                if (run / name).is_dir() and fault_lab.tree(run / name) != files:
-                    self.findings.append(f"{setting}: {plan}: {name} was changed")
-        if not set(statuses) <= allowed:
+        if not set(statuses) <= _ALLOWED[plan.action]:
             self.findings.append(f"{setting}: {plan}: exit codes {statuses}, see {run.with_suffix('.log')}")
+        changed = [name for name in old if (run / name).is_dir() and fault_lab.tree(run / name) != old[name]]
+        self.findings += [f"{setting}: {plan}: {name} was changed" for name in changed]
 
     def _verify(self, setting: Setting, run: Path, plan: Plan) -> bool:
         """Every final name must hold a whole checkpoint; at most one unfinished save may lie about."""
@@ -165,8 +168,11 @@ class Campaign:
             self.findings.append(f"{setting}: {plan}: leftovers pile up: {unfinished}")
         return any(whole)
 
-    def _compare(self, setting: Setting, run: Path) -> None:
-        """Bit for bit: every row of the log, the final weights, and the names in the folder."""
+    def _compare(self, setting: Setting, run: Path, after_the_end: bool) -> None:
+        """Bit for bit: every row of the log, the final weights, and the names in the folder.
+
+        A kill after the run was done may come before the lock's file is removed; the lock itself, the kernel's, is gone.
+        """
         reference = self.references[setting]
         rows, problems = fault_lab.read_rows(run), []
         if rows != reference.rows:
@@ -177,6 +183,7 @@ class Campaign:
         if problems:
             self.counts["mismatches"] += 1
         names = {name for name in fault_lab.names(run) if not name.startswith("run_status.rank")}
+        names -= {".lock"} if after_the_end else set()
         saved, expected = ({n for n in some if n.startswith("checkpoint-")} for some in (names, reference.names))
         if names - saved != reference.names - expected or len(saved) > len(expected):
             self.counts["leftovers"] += 1

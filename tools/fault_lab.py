@@ -7,8 +7,10 @@ in processes forked from one that has imported everything, so that an attempt ta
 from __future__ import annotations
 
 import errno
+import faulthandler
 import hashlib
 import json
+import logging
 import os
 import signal
 import sys
@@ -130,6 +132,8 @@ class Lab:
         self.findings.append(finding)
         for rank, pid in enumerate(pids):
             if statuses[rank] is None:
+                os.kill(pid, signal.SIGABRT)  # every thread's place goes to the log
+                time.sleep(2)
                 os.kill(pid, signal.SIGKILL)
                 statuses[rank] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
@@ -159,10 +163,11 @@ class Lab:
         if plan.kind != "save":
             return lambda elapsed: False
         seen: dict[str, float] = {}
+        left_behind = {name for name in names(run) if name.startswith(".tmp-")}  # by the kill before this one
 
         def inside_save(elapsed: float) -> bool:
             for name in names(run):
-                if name.startswith(".tmp-checkpoint"):
+                if name.startswith(".tmp-checkpoint") and name not in left_behind:
                     seen.setdefault(name, elapsed)
             began = sorted(seen.values())
             return len(began) > plan.turn and elapsed - began[plan.turn] >= plan.delay
@@ -172,6 +177,7 @@ class Lab:
 
 def import_once() -> None:
     """Everything that a trial needs, so that none has to import it; and no pool of threads, which forks do not survive."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it asks for a package that this project keeps out
     import bitsandbytes  # noqa: F401
     import peft  # noqa: F401
     import torch
@@ -210,6 +216,7 @@ def _become_rank(
         handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(handle, 1)
         os.dup2(handle, 2)
+        faulthandler.enable(2)
         if setting.ranks > 1:
             os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(setting.ranks))
             os.environ.update(LOCAL_WORLD_SIZE=str(setting.ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
