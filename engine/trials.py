@@ -60,6 +60,11 @@ class Subject:
         return [example.references for example in self.examples]
 
     @property
+    def dialogues(self) -> dict[int, str]:
+        """Texts by the prompts' indices."""
+        return {prompt.index: row.dialogue for prompt, row in zip(self.prompts, self.examples, strict=True)}
+
+    @property
     def labelled(self) -> bool:
         return bool(self.examples) and all(example.references for example in self.examples)
 
@@ -81,8 +86,7 @@ class Subject:
         """Decode every row; `on_rows` hears how many more are done."""
         started = time.perf_counter()
         heard = (lambda batch: on_rows(len(batch))) if on_rows else None
-        dialogues = {prompt.index: row.dialogue for prompt, row in zip(self.prompts, self.examples, strict=True)}
-        done = summarizer.summarize(self.bundle.model, self.prompts, dialogues=dialogues, on_batch=heard)
+        done = summarizer.summarize(self.bundle.model, self.prompts, dialogues=self.dialogues, on_batch=heard)
         by_index = {summary.index: summary for summary in done}
         rows = [by_index[feature.index] for feature in self.prompts]
         return Decoding(
@@ -157,6 +161,8 @@ def open_subject(
         what = "no rows to decode: the model's recipe names no validation file"
         raise EngineError("E2.60", what, str(path), NOTHING_DONE, "give --input")
     examples = _read(source, recipe, labelled, limit)
+    if recipe.runtime.num_threads is not None:
+        torch.set_num_threads(recipe.runtime.num_threads)
     predictor = Predictor.from_run(folder, device=device)
     prompts = [predictor.encoder.prompt_feature(example, index) for index, example in enumerate(examples)]
     return Subject(home, folder, recipe, predictor, examples, prompts, Path(source).name)

@@ -259,6 +259,20 @@ def test_mask_callback_and_ends():
     assert all(h[0].ended == (h[0].token_ids[-1] == 2) for h in found)
 
 
+def test_a_mask_per_prompt_follows_its_prompt():
+    models, rows = [tiny_bart(1), tiny_bart(2)], prompts(5)
+    masks = torch.zeros(3, VOCABULARY)
+    masks[0, 20:] = masks[2, 3:20] = -torch.inf
+    free = generate_together(models, [rows] * 2, settings_for(models[0]), pad_token_id=1)
+    for size in (1, 2, 3):
+        found = generate_together(
+            models, [rows] * 2, settings_for(models[0]), pad_token_id=1, max_batch_size=size, vocabulary_mask=masks
+        )
+        assert all(token < 20 for token in found[0][0].token_ids)
+        assert not any(3 <= token < 20 for token in found[2][0].token_ids)
+        assert found[1][0].token_ids == free[1][0].token_ids
+
+
 def test_together_refuses_what_cannot_be_averaged():
     bart, llama = tiny_bart(1), tiny_llama(1)
     rows, settings = prompts(5), settings_for(bart)

@@ -216,7 +216,7 @@ def decode_together(subjects: Sequence[Subject], weights: Sequence[float], overr
             pad_token_id=first.bundle.tokenizer.pad_token_id,
             weights=weights,
             max_batch_size=first.recipe.evaluation.per_device_eval_batch_size,
-            vocabulary_mask=summarizer.mask,
+            vocabulary_mask=summarizer.masks(first.prompts, first.dialogues),
         )
     except ValueError as error:
         raise EngineError(

@@ -48,7 +48,7 @@ def screen_one(recipe: Recipe, folder: Path, name: str) -> dict[str, Any]:
     Raises:
         EngineError: as training would, for recipe, data and model.
     """
-    from engine import assembly, data, models, validation
+    from engine import assembly, data, memory, models, validation
     from engine.runtime import start
     from engine.tracking import write_predictions
 
@@ -75,17 +75,8 @@ def screen_one(recipe: Recipe, folder: Path, name: str) -> dict[str, Any]:
             "rows": len(split.examples),
             "parameters": bundle.report["parameters"],
             "precision": runtime.precision,
-            "peak_memory_gib": peak_memory_gib(runtime.device),
+            "peak_memory_gib": memory.measured_peak(runtime.device),
         }
-
-
-def peak_memory_gib(device: Any) -> float:
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next((int(line.split()[1]) / 2**20 for line in lines if line.startswith("VmHWM")), 0.0)
 
 
 def child(options: argparse.Namespace) -> int:

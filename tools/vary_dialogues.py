@@ -1,0 +1,92 @@
+#!/usr/bin/env python3
+"""Versions of a file's dialogues with some turns left out: test-time augmentation for a consensus.
+
+    python tools/vary_dialogues.py test.csv --output-dir versions --copies 3
+    for n in 1 2 3; do python engine/predict.py RUN --input versions/test-$n.csv --output versions/summary-$n.csv; done
+    python engine/predict.py RUN --input test.csv --output summary.csv
+    python tools/ensemble.py mbr summary.csv versions/summary-*.csv --weights 2 1 1 1 --output together.csv
+
+Ids, order and references stay as they are. A turn is one line; a dialogue of fewer than four turns is left whole. Which
+turns go depends on the seed, the copy and the row's id, and on nothing else in the file. Where a dialogue says everything
+once, a consensus over versions can lose: try it on rows with references first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import random
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # so that it also runs without the package installed
+
+if TYPE_CHECKING:
+    from engine.data import Example
+
+FEWEST_TURNS = 4  # below, every turn counts
+
+
+def without_some_turns(dialogue: str, share: float, draw: random.Random) -> str:
+    """The dialogue without a random `share` of its turns (rounded, one at least), the others in their order."""
+    from engine.prompts import split_turns
+
+    turns = split_turns(dialogue)
+    if len(turns) < FEWEST_TURNS:
+        return dialogue
+    gone = set(draw.sample(range(len(turns)), max(1, round(share * len(turns)))))
+    return "\n".join(turn for place, turn in enumerate(turns) if place not in gone)
+
+
+def version(examples: Sequence[Example], share: float, seed: str) -> str:
+    """The rows as CSV, every dialogue shortened; several references take a column each."""
+    references = max((len(example.references) for example in examples), default=0)
+    names = ["summary", *(f"summary{number}" for number in range(2, references + 1))][:references]
+    topics = any(example.topic is not None for example in examples)
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["fname", "dialogue", *names, *(["topic"] if topics else [])])
+    for example in examples:
+        shorter = without_some_turns(example.dialogue, share, random.Random(f"{seed}/{example.id}"))
+        row = [example.id, shorter, *example.references] + [""] * (references - len(example.references))
+        writer.writerow(row + ([example.topic or ""] if topics else []))
+    return out.getvalue()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("input", help="CSV, JSONL or parquet file with dialogues")
+    parser.add_argument("overrides", nargs="*", metavar="data.key=value", help="how to read it: data.text_column=대화")
+    parser.add_argument("--output-dir", type=Path, required=True, help="gets <name>-1.csv, <name>-2.csv, ...")
+    parser.add_argument("--copies", type=int, default=3)
+    parser.add_argument("--share", type=float, default=0.15, help="of the turns that each copy leaves out")
+    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    options = parser.parse_intermixed_args(argv)
+    if options.copies < 1 or not 0 < options.share <= 0.5:
+        parser.error("--copies must be at least 1, and --share above 0 and at most 0.5")
+
+    from engine.data import read_split
+    from engine.recipe import Recipe
+    from engine.recipe_reader import with_overrides
+    from engine.storage import write_text_atomically
+
+    settings = with_overrides(Recipe(), options.overrides, ("data",)).data
+    examples = read_split(settings, options.input, require_summary=False)
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    stem = Path(options.input).name.split(".")[0]
+    for copy in range(1, options.copies + 1):
+        path = options.output_dir / f"{stem}-{copy}.csv"
+        write_text_atomically(path, version(examples, options.share, f"{options.seed}/{copy}"))
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    from engine.outcomes import main_guard
+
+    sys.exit(main_guard(main))
