@@ -47,7 +47,6 @@ from transformers import (  # noqa: E402
 
 from engine.generation import GenerationSettings, Hypothesis, generate_all  # noqa: E402
 from engine.generation.api import pad  # noqa: E402
-from engine.generation.processors import Chain, History  # noqa: E402
 from engine.generation.search import Search  # noqa: E402
 
 TIE = 2e-4  # accumulated log-probability; float32 rounding of two summation orders stays far below
@@ -186,9 +185,14 @@ def run_generate(case: Case) -> list[list[int]]:
     return rows
 
 
-def run_ours(case: Case) -> list[list[int]]:
+def run_ours(case: Case, vocabulary_mask: torch.Tensor | None = None) -> list[list[int]]:
     found: list[list[Hypothesis]] = generate_all(
-        case.model, case.prompts, case.settings(), pad_token_id=case.pad_id, max_batch_size=32
+        case.model,
+        case.prompts,
+        case.settings(),
+        pad_token_id=case.pad_id,
+        max_batch_size=32,
+        vocabulary_mask=vocabulary_mask,
     )
     return [results[0].token_ids for results in found]
 
@@ -268,23 +272,28 @@ def cache_bytes(case: Case) -> dict:
     return {"ours": ours, "generate": theirs, "ratio": ours / theirs}
 
 
-def mask_cost(case: Case, blocked: int, step_seconds: float) -> dict:
-    """What a vocabulary mask with `blocked` entries adds to a step, against `step_seconds` of processor time."""
+def mask_cost(case: Case, blocked: int, rounds: int) -> dict:
+    """What blocking so many tokens costs: whole decodings with and without, in turns.
+
+    The blocked tokens are the last choices of this model's first step. Lengths are fixed, so the work is the same; `equal`
+    counts the rows whose text does not change.
+    """
+    ids, mask = inputs_of(case, case.prompts)
     vocabulary = case.model.config.vocab_size
-    mask = torch.zeros(vocabulary)
-    mask[torch.randperm(vocabulary)[:blocked]] = float("-inf")
-    rows = len(case.prompts) * case.values["num_beams"]
-    scores = torch.randn(rows, vocabulary)
-    prompt = torch.zeros(len(case.prompts), 1, dtype=torch.long)
-    chain = Chain([], History(prompt, case.values["num_beams"], "all", None, vocabulary), mask)
-    tokens = torch.zeros(len(case.prompts), case.values["num_beams"], 0, dtype=torch.long)
-    times = []
-    for _ in range(20):
-        start = time.process_time()
-        chain(scores, tokens)
-        times.append(time.process_time() - start)
-    cost = statistics.median(times)
-    return {"blocked": blocked, "vocabulary": vocabulary, "seconds": cost, "share_of_step": cost / step_seconds}
+    order = case.model(input_ids=ids, attention_mask=mask).logits[:, -1].mean(dim=0).argsort()
+    vocabulary_mask = torch.zeros(vocabulary).index_fill_(0, order[:blocked], float("-inf"))
+    ways = {"free": None, "masked": vocabulary_mask}
+    taken: dict[str, list[float]] = {way: [] for way in ways}
+    found: dict[str, list[list[int]]] = {}
+    for number in range(rounds):
+        for way in ways if number % 2 == 0 else reversed(ways):
+            seconds, _, found[way] = timed(lambda case, way=way: run_ours(case, ways[way]), case)
+            taken[way].append(seconds)
+            print(f"  mask round {number + 1} {way:12} {seconds:8.2f} s", file=sys.stderr, flush=True)
+    equal = sum(one == other for one, other in zip(found["free"], found["masked"], strict=True))
+    cost = statistics.median(b / a - 1 for a, b in zip(taken["free"], taken["masked"], strict=True))
+    sizes = {"blocked": blocked, "vocabulary": vocabulary, "equal": equal, "examples": len(case.prompts)}
+    return sizes | {"seconds": taken, "share_of_step": cost}
 
 
 # --- measuring ------------------------------------------------------------------------------------------------------
@@ -387,8 +396,7 @@ def main(argv: list[str] | None = None) -> int:
         result |= environment(arguments) | measure(case, contenders, arguments.rounds)
         result["cache_bytes"] = cache_bytes(case) if "generate" in contenders else None
         if case.name == "qwen3" and arguments.device == "cpu":
-            step = statistics.median(result["cpu_seconds"]["ours"]) / case.values["max_new_tokens"]
-            result["mask"] = mask_cost(case, 100_000, step)
+            result["mask"] = mask_cost(case, 100_000, 5)
     result["load_average"] = {"before": load_before, "after": os.getloadavg()[0]}
     print(json.dumps({k: v for k, v in result.items() if k not in ("seconds", "cpu_seconds")}, indent=2))
     if arguments.output:
