@@ -43,7 +43,13 @@ class Launched:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(root)}
         self.log = (folder / "output.log").open("w")
         self.process = subprocess.Popen(
-            self.command, stdout=self.log, stderr=subprocess.STDOUT, env=environment, cwd=root, start_new_session=True
+            self.command,
+            stdout=self.log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            cwd=root,
+            start_new_session=True,
+            preexec_fn=_heed_sigint,
         )
         self.await_(lambda: self.rows() >= 2, 120, "two updates")
         self.family = [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
@@ -83,6 +89,11 @@ class Launched:
             self.process.kill()
         self.process.wait()
         self.log.close()
+
+
+def _heed_sigint() -> None:
+    """A shell starts its background jobs with SIGINT ignored; tests run in one would hand that on to the launcher."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _prefix(launcher: str, ranks: int) -> list[str]:
