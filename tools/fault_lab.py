@@ -38,7 +38,7 @@ TIMING = {"tokens_per_second", "samples_per_second", "seconds", "peak_memory_gib
 class Setting:
     """What is trained: the model by its name here, and on how many ranks."""
 
-    model: str  # "full", "adapter", "qlora"
+    model: str  # "full", "full_adamw8bit", "adapter", "qlora"
     ranks: int
     precision: str = "fp32"
 
@@ -399,6 +399,7 @@ def write_inputs(work: Path) -> None:
     common = {"work": work, "updates": UPDATES, "evaluate": EVALUATE_EVERY, "save": SAVE_EVERY, "timeout": TIMEOUT}
     plain = RECIPE.format(folder="seq2seq", **common)
     (work / "full.yaml").write_text(plain)
+    (work / "full_adamw8bit.yaml").write_text(plain.replace("training: {", "training: {optim: adamw_8bit, "))
     (work / "adapter.yaml").write_text(plain.replace("/seq2seq", "/causal") + LORA)
     (work / "qlora.yaml").write_text(
         plain.replace("/seq2seq", "/causal") + LORA + "quantization: {load_in_4bit: true}\n"

@@ -57,7 +57,7 @@ def check(lab: Lab, setting: Setting, every: int) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--every", type=int, default=1, help="resume from every N-th update only")
-    parser.add_argument("--models", nargs="+", default=["full", "adapter", "qlora"])
+    parser.add_argument("--models", nargs="+", default=["full", "full_adamw8bit", "adapter", "qlora"])
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--precisions", nargs="+", default=["fp32", "fp16"])
     parser.add_argument("--keep", metavar="FOLDER", help="work there and keep the runs with findings")
