@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import logging
 import os
 import platform
 import shutil
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine import models, validation
 from engine.assembly import Splits, split_of
-from engine.storage import read_json, write_json_atomically
-from engine.tracking import append_result, read_rows, strict_json, write_predictions
+from engine.storage import read_json, taking_turns, write_json_atomically, write_text_atomically
+from engine.tracking import read_rows, strict_json, write_predictions
 
 if TYPE_CHECKING:
     from engine.job import Job
@@ -37,8 +40,9 @@ def finish(job: Job, splits: Splits) -> dict[str, Any]:
     record = _record(job, best, test_metrics)
     with job.runtime.together("writing results"):
         if job.runtime.is_main:
-            write_json_atomically(job.run_dir / "results.json", record)
+            # results.json says that the run is finished, so it comes last: a run killed in between writes its row again.
             append_result(Path(job.recipe.experiment.output_root) / "results.csv", _row(record))
+            write_json_atomically(job.run_dir / "results.json", record)
     if record["best_value"] is not None:
         log.info("best at step %d: %s %.4g", best, record["best_metric"], record["best_value"])
     log.info("final model: %s", record["final_model_path"])
@@ -111,6 +115,41 @@ def _row(record: dict[str, Any]) -> dict[str, Any]:
     scores = {key: metrics.get(key) for key in ("loss", "rouge1", "rouge2", "rougeL", "rouge_mean", "rouge_tokenizer")}
     model = {"model": record["model"]["name_or_path"] or record["model"]["model_type"]}
     return {key: record[key] for key in keys} | scores | model | {"final_model_path": record["final_model_path"]}
+
+
+def append_result(path: Path, row: Mapping[str, Any]) -> None:
+    """Add one run to `results.csv`, the table of all runs under an output root, or replace that run's row.
+
+    Columns grow as rows bring new ones. A table that somebody made unreadable is left alone, with a warning.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with taking_turns(path.parent):
+        try:
+            known = _read_table(path)
+        except ValueError as error:
+            log.warning("%s is left alone (%s); this run's row stands in its results.json", path, error)
+            return
+        rows = [other for other in known if other.get("final_model_path") != row["final_model_path"]] + [row]
+        table = io.StringIO()
+        columns = dict.fromkeys(column for entry in rows for column in entry)
+        writer = csv.DictWriter(table, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_text_atomically(path, table.getvalue())
+
+
+def _read_table(path: Path) -> list[Mapping[str, Any]]:
+    """Raises: ValueError for what is no table of UTF-8 text."""
+    if not path.exists():
+        return []
+    try:
+        rows = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig"), newline=""), strict=True))
+    except csv.Error as error:
+        raise ValueError(str(error)) from error
+    for number, row in enumerate(rows, start=1):
+        if None in row or None in row.values():
+            raise ValueError(f"row {number} does not fit the header")
+    return rows
 
 
 def already_complete(run_dir: Path, runtime: Runtime) -> dict[str, Any]:

@@ -129,23 +129,6 @@ def write_predictions(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
     os.replace(partial, path)
 
 
-def append_result(path: Path, row: Mapping[str, Any]) -> None:
-    """Add one run to `results.csv`, the table of all runs under an output root; columns grow as rows bring new ones."""
-    known: list[dict[str, Any]] = []
-    if path.exists():
-        with path.open(encoding="utf-8", newline="") as handle:
-            known = list(csv.DictReader(handle))
-    rows = [other for other in known if other.get("run") != str(row["run"])] + [dict(row)]
-    columns = list(dict.fromkeys(column for entry in rows for column in entry))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with partial.open("w", encoding="utf-8", newline="") as handle:
-        writer = csv.DictWriter(handle, fieldnames=columns)
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(partial, path)
-
-
 def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", "<br>")
 

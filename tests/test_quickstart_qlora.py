@@ -28,7 +28,7 @@ def chain(folder: Path, test: Path, short: bool) -> SimpleNamespace:
     """What tools/quickstart_qlora.sh does, in this process."""
     from engine import predict
 
-    quiet = [f"data.test_file={test}", "tracking.progress=false"]
+    quiet = [f"data.test_file={test}", "tracking.progress=false", f"experiment.output_root={folder / 'experiments'}"]
     base, qlora = folder / "base", folder / "qlora"
     changes = quiet + (SHORT if short else [])
     runs.train(RECIPES / "quickstart_llama.yaml", *changes, f"experiment.output_dir={base}")

@@ -42,3 +42,11 @@ prepare_environment() {
   "$venv_python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
   echo "$stamp" >"$stamp_file"
 }
+
+# The run that ended last, by the table that every run adds its row to.
+newest_run() {
+  "$venv_python" -c 'import csv, os
+with open("experiments/results.csv", encoding="utf-8-sig", newline="") as table:
+    *_, newest = csv.DictReader(table)
+print(os.path.relpath(os.path.dirname(newest["final_model_path"])))'
+}

@@ -13,9 +13,7 @@ export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 "$PWD/.venv/bin/accelerate" launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
   engine/train.py recipes/quickstart.yaml "$@"
 
-# Run folders begin with date and time, so the last name is the newest run.
-finished=(experiments/*/*/results.json)
-run=${finished[-1]%/results.json}
+run=$(newest_run)
 "$venv_python" engine/predict.py "$run" --input recipes/quickstart/test.csv --output "$run/test_summaries.csv"
 "$venv_python" tools/quickstart_report.py "$run"
 

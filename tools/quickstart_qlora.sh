@@ -17,18 +17,12 @@ train() {
     engine/train.py "$@"
 }
 
-# Run folders begin with date and time, so the last name is the newest run of a recipe.
-newest() {
-  local runs=(experiments/*/*_"$1"/results.json)
-  echo "${runs[-1]%/results.json}"
-}
-
 predict() { "$venv_python" engine/predict.py "$1" --input "$test_file" --output "$2" runtime.num_threads=1; }
 
 train recipes/quickstart_llama.yaml "$@"
-base=$(newest quickstart_llama)
+base=$(newest_run)
 train recipes/quickstart_qlora.yaml "$@" "model.name_or_path=$base/final_model"
-run=$(newest quickstart_qlora)
+run=$(newest_run)
 
 # Away from its run, the adapter folder has to know everything by itself: base, 4-bit settings, prompt, lengths.
 mkdir "$run/elsewhere"
