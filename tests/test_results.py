@@ -54,7 +54,9 @@ def test_a_table_with_columns_and_marks_of_others_is_kept(tmp_path):
     assert (old["run"], old["memo"], new["run"], new["memo"]) == ("old", "좋음", "run", "")
 
 
-@pytest.mark.parametrize("content", ["이름,값\n".encode("cp949"), b"run\nold,more,cells\n", b"a,b\n\0\0,1\n", b'a\n"torn'])
+@pytest.mark.parametrize(
+    "content", ["이름,값\n".encode("cp949"), b"run\nold,more,cells\n", b"a,b\n\0\0,1\n", b'a\n"torn']
+)
 def test_a_table_that_cannot_be_read_is_left_alone(tmp_path, content, caplog):
     path = tmp_path / "results.csv"
     path.write_bytes(content)
