@@ -51,7 +51,7 @@ def enabled(recipe: Recipe) -> bool:
     wanted = recipe.lora.enabled
     if wanted is False and recipe.quantization.load_in_4bit:
         raise EngineError(
-            "E2.43",
+            "E2.56",
             "a 4-bit base cannot be trained itself",
             "lora.enabled=false with quantization.load_in_4bit=true",
             "nothing was started",
@@ -118,7 +118,7 @@ def target_modules(setting: list[str] | str, model: nn.Module) -> list[str] | st
     """Names of the linears to adapt: the recipe's own, or those of the model's family.
 
     Raises:
-        EngineError: E2.44 for a name that the model does not have, or a family without a list.
+        EngineError: E2.57 for a name that the model does not have, or a family without a list.
     """
     if setting == "all-linear":
         return setting
@@ -138,7 +138,7 @@ def target_modules(setting: list[str] | str, model: nn.Module) -> list[str] | st
 def _no_targets(what: str, linears: set[str]) -> EngineError:
     names = ", ".join(sorted(name for name in linears if "norm" not in name))
     return EngineError(
-        "E2.44", what, f"modules with weights: {names}", "nothing was started", "name some of these, or all-linear"
+        "E2.57", what, f"modules with weights: {names}", "nothing was started", "name some of these, or all-linear"
     )
 
 
@@ -175,7 +175,7 @@ def attach(
         with _quiet_peft():
             adapted = get_peft_model(model, config)
     except ValueError as error:
-        raise EngineError("E2.44", str(error), "lora", "nothing was started", "change the lora section") from error
+        raise EngineError("E2.57", str(error), "lora", "nothing was started", "change the lora section") from error
     for adapter_config in adapted.peft_config.values():
         adapter_config.base_model_name_or_path, adapter_config.revision = base_name, revision
     return finish(adapted, train_rows=settings.train_added_tokens)

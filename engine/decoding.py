@@ -80,7 +80,7 @@ class Summarizer:
             )
         except ValueError as error:
             raise EngineError(
-                "E2.30", str(error), "generation", "nothing was decoded", "change that setting"
+                "E2.36", str(error), "generation", "nothing was decoded", "change that setting"
             ) from error
 
     def _vocabulary_mask(self) -> torch.Tensor | None:

@@ -28,8 +28,9 @@ def redact(text: str) -> str:
 class EngineError(Exception):
     """A failure with a one-line explanation: what happened, where, what is safe, what to do next.
 
-    `code` is "E<exit code>.<detail>", for example "E3.2": the digits before the dot are the exit code. A failure with
-    several causes at once (a recipe with three wrong keys) lists them in `problems` and prints one line for each.
+    `code` is "E<exit code>.<detail>", for example "E3.2": the digits before the dot are the exit code, and a code has one
+    meaning wherever it is raised. A failure with several causes at once (a recipe with three wrong keys) lists them in
+    `problems` and prints one line for each.
     """
 
     def __init__(

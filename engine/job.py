@@ -235,6 +235,7 @@ class Job:
         if state.saved_step == state.step:
             return
         numerics.check_weights(self.bundle.model, state.step)
+        self.tracker.sync()
         state.saved_step = state.step
         known = state.best_step is not None
         scored = state.evaluated_step == state.step and state.evaluated_value is not None

@@ -77,7 +77,7 @@ def family(wanted: str, config: PreTrainedConfig) -> str:
 def check_combination(recipe: Recipe, config: PreTrainedConfig, precision: str) -> None:
     if config.model_type in _T5_FAMILY and precision == "fp16":
         raise EngineError(
-            "E2.40",
+            "E2.53",
             "T5 overflows in fp16: its activations exceed 65,504",
             "training.precision=fp16",
             NOTHING_LOADED,

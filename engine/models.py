@@ -166,7 +166,7 @@ def _model_folder(settings: Model) -> Path | None:
     if settings.name_or_path is None:
         if settings.init == "pretrained" or not (settings.config or {}).get("model_type"):
             raise EngineError(
-                "E2.45",
+                "E2.58",
                 "no model: name_or_path is empty and config has no model_type",
                 "model",
                 "nothing was started",

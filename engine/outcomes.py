@@ -74,13 +74,13 @@ def classify(error: BaseException, batch: Mapping[str, Tensor] | None = None) ->
             "checkpoints are untouched",
             "look at the other ranks' output, then --resume auto",
         )
-    if isinstance(error, OSError) and error.errno in _DISK:
+    if isinstance(error, OSError) and (error.errno in _DISK or error.filename):
         return EngineError(
             "E6.5",
-            f"a write failed: {os.strerror(error.errno)}",
-            str(error.filename or ""),
+            f"a file could not be {'written' if error.errno in _DISK else 'used'}: {os.strerror(error.errno or errno.EIO)}",
+            str(error.filename2 or error.filename or ""),
             "checkpoints are untouched",
-            "free some space, then --resume auto",
+            f"{'free some space' if error.errno in _DISK else 'see what lies there'}, then --resume auto",
         )
     return EngineError(
         "E1.1",

@@ -54,7 +54,7 @@ def check_target(examples: Sequence[Example], options: argparse.Namespace) -> No
     no_file = options.output == "-" or (output.exists() and not output.is_file())  # devices would be replaced
     if no_file or output.suffix.lower() in _OTHER_FORMATS:
         raise EngineError(
-            "E2.31",
+            "E2.37",
             f"predictions are written as CSV, or as JSON lines to a name in .jsonl, not to {options.output}",
             "--output",
             "nothing was decoded",
@@ -62,7 +62,7 @@ def check_target(examples: Sequence[Example], options: argparse.Namespace) -> No
         )
     if options.input != "-" and output.exists() and output.samefile(options.input):
         what = "the output would replace the input"
-        raise EngineError("E2.32", what, str(output), "nothing was decoded", "choose another --output")
+        raise EngineError("E2.38", what, str(output), "nothing was decoded", "choose another --output")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         if not os.access(output.parent, os.W_OK):

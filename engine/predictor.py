@@ -84,7 +84,7 @@ class Predictor:
         bundle.lengths |= {name: getattr(recipe.data, name) for name in asked("data") if name in bundle.lengths}
         if (changed := asked("prompt")) and bundle.prompt_is_known:
             raise EngineError(
-                "E2.34",
+                "E2.28",
                 "the model must be prompted the way it was trained",
                 f"prompt.{changed[0]}",
                 "nothing was decoded",
@@ -174,7 +174,7 @@ class Predictor:
             what = "the dialogues are one text, which would be read letter by letter"
             raise EngineError("E3.31", what, "dialogues", next="give a list, or use predict_single")
         if batch_size < 1:
-            raise EngineError("E2.33", f"batch_size is {batch_size}", "batch_size", next="give 1 or more")
+            raise EngineError("E2.39", f"batch_size is {batch_size}", "batch_size", next="give 1 or more")
         dialogues = list(dialogues)
         features = self.features(dialogues, topics)
         summarizer = self.summarizer(batch_size, **gen)

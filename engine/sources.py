@@ -89,7 +89,7 @@ def check_remote_code_settings(trust_remote_code: bool, revision: str | None) ->
     """Remote code only at a pinned commit: a branch or tag may hold other code tomorrow."""
     if trust_remote_code and not (revision and _COMMIT.fullmatch(revision)):
         raise EngineError(
-            "E2.41",
+            "E2.54",
             "model.trust_remote_code runs code that came with the model and needs a pinned commit",
             f"model.revision={revision}",
             NOTHING_LOADED,
@@ -132,7 +132,7 @@ def _unavailable(name: str, revision: str | None, error: Exception) -> EngineErr
         )
     if isinstance(error, OSError) and getattr(error, "errno", None) is not None:
         return EngineError(
-            "E6.5", f"the download could not be stored: {error}", where, NOTHING_LOADED, "free space or set HF_HOME"
+            "E6.6", f"the download could not be stored: {error}", where, NOTHING_LOADED, "free space or set HF_HOME"
         )
     return EngineError(
         "E4.1",

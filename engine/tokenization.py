@@ -315,13 +315,13 @@ def train_tokenizer(
     sentences = _training_sentences(texts, added_tokens)
     if not sentences:
         raise EngineError(
-            "E3.30", "no text to train a tokenizer on", "data.train_file", "nothing was started", "check the file"
+            "E3.33", "no text to train a tokenizer on", "data.train_file", "nothing was started", "check the file"
         )
     wanted = (vocabulary_size or DEFAULT_VOCABULARY) - len(added_tokens) - 1  # and the newline
     characters = len(set("".join(sentences)))
     if wanted < len(SPECIAL_TOKENS) + _BYTES + 1:
         raise EngineError(
-            "E2.42",
+            "E2.55",
             f"tokenizer.train_vocab_size={vocabulary_size} is too small: bytes, special and added tokens alone take "
             f"{len(SPECIAL_TOKENS) + _BYTES + len(added_tokens) + 2}",
             "recipe",
@@ -356,7 +356,7 @@ def train_tokenizer(
         )
     except RuntimeError as error:  # its only word on a vocabulary without room for the characters
         raise EngineError(
-            "E2.42",
+            "E2.55",
             f"tokenizer.train_vocab_size={vocabulary_size} is too small for the {characters} characters of the texts",
             "recipe",
             "nothing was started",

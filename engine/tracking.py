@@ -7,18 +7,24 @@ twice: rows past the resumed step are cut from the file, and TensorBoard is told
 from __future__ import annotations
 
 import csv
+import itertools
 import json
+import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from engine.storage import fsync_file, write_text_atomically
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from engine.recipe import Recipe
 
+log = logging.getLogger("engine.train")
 _NOT_SCALARS = {"split", "step", "rouge_tokenizer", "rouge_tokenizer_version", "sample_ids_sha256"}
 
 
@@ -32,12 +38,20 @@ def strict_json(row: Mapping[str, Any]) -> str:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl; a last line that a crash cut short is left out."""
+    """Rows of a metrics.jsonl. A last line that a crash cut short, and what else is no row, is left out."""
+    return [row for row in _parse(path) if row is not None]
+
+
+def _parse(path: Path) -> Iterator[dict[str, Any] | None]:
+    """One item per finished line, None where something has damaged it."""
     if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    complete = lines[:-1]  # what follows the last newline was never finished
-    return [json.loads(line) for line in complete if line.strip()]
+        return
+    for line in path.read_bytes().split(b"\n")[:-1]:  # what follows the last newline was never finished
+        try:
+            row = json.loads(line)
+            yield row if isinstance(row["step"], int) and isinstance(row["split"], str) else None
+        except (ValueError, KeyError, TypeError):
+            yield None
 
 
 class Tracker:
@@ -58,7 +72,7 @@ class Tracker:
         if not self.is_main:
             return
         if resumed_step is not None:
-            self._forget_after(resumed_step)
+            self._forget_after(resumed_step, recipe.training.logging_steps)
         accelerator.log_with = self._trackers(recipe, resumed_step)
         accelerator.init_trackers(recipe.tracking.wandb_project, config=_flat(recipe.model_dump(mode="json")))
 
@@ -75,11 +89,27 @@ class Tracker:
             trackers.append(WandBTracker(recipe.tracking.wandb_project, **settings))
         return trackers
 
-    def _forget_after(self, step: int) -> None:
-        rows = [row for row in read_rows(self.metrics_path) if row["step"] <= step]
-        partial = self.metrics_path.with_suffix(".jsonl.partial")
-        partial.write_text("".join(strict_json(row) + "\n" for row in rows), encoding="utf-8")
-        os.replace(partial, self.metrics_path)
+    def _forget_after(self, step: int, logging_steps: int) -> None:
+        """Cut what the resumed checkpoint does not contain; tell what it contains and the file has lost."""
+        path = self.metrics_path
+        found = list(_parse(path))
+        if None in found:
+            aside = path.with_name("metrics.damaged.jsonl")
+            shutil.copyfile(path, aside)
+            log.warning("%d lines of %s are no rows; the file as it was is kept in %s", found.count(None), path, aside)
+        rows = [row for row in found if row is not None and row["step"] <= step]
+        logged = [0, *sorted(row["step"] for row in rows if row["split"] == "train")]
+        usual = max([logging_steps, *(after - before for before, after in itertools.pairwise(logged))])
+        if step - logged[-1] >= usual:  # `logging_steps` may change from one attempt to the next
+            log.warning(
+                "%s has lost its rows from step %d on; the run goes on after step %d", path, logged[-1] + 1, step
+            )
+        write_text_atomically(path, "".join(strict_json(row) + "\n" for row in rows))
+
+    def sync(self) -> None:
+        """Force the rows to the disk, before a checkpoint that builds on them."""
+        if self.is_main and self.metrics_path.exists():
+            fsync_file(self.metrics_path)
 
     def log_train(self, row: Mapping[str, Any]) -> None:
         """`row` follows the contract's train keys; `step` counts optimizer updates."""

@@ -307,11 +307,11 @@ def test_target_modules(tmp_path, setting, count):
 
 def test_unknown_target_modules_are_named(tmp_path):
     folder = tiny.save("llama", tmp_path)
-    with pytest.raises(EngineError, match=r"E2\.44.*no module named q_prj .*q_proj"):
+    with pytest.raises(EngineError, match=r"E2\.57.*no module named q_prj .*q_proj"):
         build(folder, lora={"target_modules": ["q_prj"]})
     model = tiny.model("llama")
     model.config.model_type = "unheard_of"
-    with pytest.raises(EngineError, match=r"E2\.44.*unheard_of"):
+    with pytest.raises(EngineError, match=r"E2\.57.*unheard_of"):
         adapters.target_modules("auto", model)
 
 

@@ -348,15 +348,15 @@ def test_changed_prompt_settings_are_refused(tmp_path):
 
 def test_settings_that_do_not_go_together(tmp_path):
     folder = tiny.save("t5", tmp_path / "t5")
-    refused("E2.40", folder, precision="fp16")
+    refused("E2.53", folder, precision="fp16")
     refused("E2.48", folder, model={"family": "causal"})
-    refused("E2.45")
+    refused("E2.58")
     refused("E2.49", folder, model={"init": "random"}, quantization={"load_in_4bit": True})
-    refused("E2.43", folder, quantization={"load_in_4bit": True}, lora={"enabled": False})
+    refused("E2.56", folder, quantization={"load_in_4bit": True}, lora={"enabled": False})
     refused("E2.50", folder, tokenizer={"train_vocab_size": 400})
     refused("E2.51", model={"init": "random", "config": {"model_type": "bart"}})
     refused("E4.9", model={"init": "random", "config": {"model_type": "no_such_type"}})
-    refused("E2.41", folder, model={"trust_remote_code": True, "revision": "main"})
+    refused("E2.54", folder, model={"trust_remote_code": True, "revision": "main"})
 
 
 def test_missing_weights_are_not_filled_with_noise(tmp_path):
@@ -429,7 +429,7 @@ def test_code_shipped_with_a_model_runs_with_the_flag_and_a_pinned_commit(tmp_pa
     values = json.loads(path.read_text(encoding="utf-8")) | {"auto_map": {"AutoModelForCausalLM": "modeling_own.Own"}}
     path.write_text(json.dumps(values), encoding="utf-8")
     refused("E4.2", folder)
-    refused("E2.41", folder, model={"trust_remote_code": True})
+    refused("E2.54", folder, model={"trust_remote_code": True})
     assert not (tmp_path / "ran").exists()
     bundle = build(folder, model={"trust_remote_code": True, "revision": "a" * 40})
     assert type(bundle.model).__name__ == "Own" and (tmp_path / "ran").exists()

@@ -11,6 +11,7 @@ import runs
 
 from engine import stopping, train
 from engine.errors import EngineError
+from engine.outcomes import main_guard
 from engine.runtime import Runtime
 from engine.stopping import Stopped
 
@@ -221,3 +222,53 @@ def test_a_ruinous_update_ends_the_run_and_spares_what_was_saved(tmp_path, recip
     names = {path.name for path in run_dir.iterdir()}
     assert "checkpoint-2" in names and not any(name.startswith((".tmp", ".trash", "final")) for name in names)
     assert ("checkpoint-3" in names) == (says.startswith("E7.1"))
+
+
+@pytest.fixture
+def stopped(tmp_path, recipe, monkeypatch):
+    """A recipe whose run was stopped after two updates of six."""
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 2)
+        with pytest.raises(Stopped):
+            runs.train(recipe)
+    return recipe
+
+
+@pytest.mark.parametrize("name", ["best.json", "last.json", "metrics.jsonl", "recipe.yaml", "train.log", ".lock"])
+@pytest.mark.parametrize("what", ["folder", "dangling link"])
+def test_what_cannot_be_written_over_is_told_in_one_line(tmp_path, stopped, capsys, name, what):
+    """Nobody expects a folder there; it is the storage's fault all the same, and not a bug with a traceback."""
+    path = tmp_path / "run" / name
+    path.unlink(missing_ok=True)
+    path.mkdir() if what == "folder" else path.symlink_to(tmp_path / "nowhere" / "x")
+    code = main_guard(lambda: train.main([str(stopped), "--resume", "auto"]))
+    told = capsys.readouterr().err
+    assert "Traceback" not in told and code in ((6,) if what == "folder" else (0, 6))
+    assert code == 0 or (f"/{name}" in told.splitlines()[-1] and "checkpoints are untouched" in told)
+
+
+@pytest.mark.parametrize(
+    "line", [b"\xff\xfe\n", b"[1]\n", b"null\n", b"{}\n", b'{"step": "x", "split": "train"}\n', b"\0\0\n"]
+)
+def test_damaged_rows_are_set_aside_and_the_run_goes_on(tmp_path, stopped, capsys, line):
+    path = tmp_path / "run" / "metrics.jsonl"
+    damaged = line + path.read_bytes()
+    path.write_bytes(damaged)
+    runs.train(stopped, resume="auto")
+    assert (tmp_path / "run" / "metrics.damaged.jsonl").read_bytes() == damaged
+    assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+    assert "1 lines of" in capsys.readouterr().err
+
+
+def test_lost_rows_are_told(tmp_path, stopped, capsys):
+    path = tmp_path / "run" / "metrics.jsonl"
+    path.write_bytes(path.read_bytes().split(b"\n")[0] + b"\n")
+    runs.train(stopped, resume="auto")
+    assert "has lost its rows from step 2 on" in " ".join(capsys.readouterr().err.split())
+    assert [row["step"] for row in rows(tmp_path / "run")] == [1, 3, 4, 5, 6]
+
+
+def test_a_new_logging_interval_loses_nothing(tmp_path, stopped, capsys):
+    runs.train(stopped, "training.logging_steps=2", resume="auto")
+    assert "has lost" not in capsys.readouterr().err
+    assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2, 4, 6]

@@ -36,9 +36,9 @@ def convert(source: str, output: Path, revision: str | None = None) -> Path:
             cannot be had or read, or whose configuration asks for code of its own.
     """
     if os.environ.get(UNSAFE):
-        raise EngineError("E2.60", f"{UNSAFE} is set, which lets pickle files run code", "environment", NOTHING_WRITTEN)
+        raise EngineError("E2.40", f"{UNSAFE} is set, which lets pickle files run code", "environment", NOTHING_WRITTEN)
     if output.exists():
-        raise EngineError("E2.61", "the output is there already", str(output), NOTHING_WRITTEN, "name a new folder")
+        raise EngineError("E2.63", "the output is there already", str(output), NOTHING_WRITTEN, "name a new folder")
     from engine import sources
 
     folder = Path(source) if Path(source).is_dir() else download(source, revision)

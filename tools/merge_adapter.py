@@ -57,10 +57,10 @@ def merge(adapter: Path, output: Path, base: str | None = None, precision: str =
     from engine import models, sources
 
     if output.exists():
-        raise EngineError("E2.61", "the output is there already", str(output), NOTHING_WRITTEN, "name a new folder")
+        raise EngineError("E2.63", "the output is there already", str(output), NOTHING_WRITTEN, "name a new folder")
     if not sources.is_adapter(adapter):
         raise EngineError(
-            "E4.5", "no adapter (adapter_config.json) here", str(adapter), NOTHING_WRITTEN, "check the path"
+            "E4.64", "no adapter (adapter_config.json) here", str(adapter), NOTHING_WRITTEN, "check the path"
         )
     stored = stored_precision(adapter, base) if precision == "auto" else precision
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
