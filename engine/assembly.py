@@ -154,7 +154,6 @@ def summarizer_of(recipe: Recipe, bundle: ModelBundle, encoder: TextEncoder) -> 
         bundle,
         encoder,
         recipe.generation,
-        max_new_tokens=recipe.data.max_target_length,
         batch_size=recipe.evaluation.per_device_eval_batch_size,
     )
 

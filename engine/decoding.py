@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from engine import model_config
 from engine.errors import EngineError
 from engine.generation import GenerationSettings, constraints, generate_all
 from engine.generation.linears import fast_linears
@@ -50,14 +51,12 @@ class Summarizer:
     Args:
         bundle: model, tokenizer and family.
         encoder: decodes token ids to text; knows which tokens end a turn.
-        generation: the recipe's section, or an object with its fields.
-        max_new_tokens: used where the section leaves both max_new_tokens and max_length open.
+        generation: the recipe's section, or an object with its fields. Where it leaves both max_new_tokens and max_length
+            open, summaries may become as long as the model's training targets.
         batch_size: most dialogues decoded at once.
     """
 
-    def __init__(
-        self, bundle: ModelBundle, encoder: TextEncoder, generation: Generation, *, max_new_tokens: int, batch_size: int
-    ) -> None:
+    def __init__(self, bundle: ModelBundle, encoder: TextEncoder, generation: Generation, *, batch_size: int) -> None:
         self.bundle, self.encoder, self.batch_size = bundle, encoder, batch_size
         self.tokens_per_batch = generation.tokens_per_batch
         self.fixes = {name: getattr(generation, name) for name in sorted(_OURS) if name.startswith("fix_")}
@@ -65,11 +64,21 @@ class Summarizer:
         if values.get("repetition_scope") == "auto":
             del values["repetition_scope"]
         if "max_new_tokens" not in values and "max_length" not in values:
-            values["max_new_tokens"] = max_new_tokens
+            values["max_new_tokens"] = bundle.lengths["max_target_length"]
+        self._stay_within_positions(values)
         if encoder.stop_token_ids and "eos_token_id" not in values:
             values["eos_token_id"] = list(encoder.stop_token_ids)
         self.settings = self._resolve(values)
         self.mask = self._vocabulary_mask()
+
+    def _stay_within_positions(self, values: dict[str, Any]) -> None:
+        """Limits of generation cut to the places that the model has, which a causal LM shares with the prompt."""
+        causal = self.bundle.family == "causal"
+        _, most = model_config.most_tokens(self.bundle.model, self.bundle.family)
+        new = most - self.bundle.lengths["max_source_length"] if causal else most
+        for name, room in (("max_new_tokens", new), ("max_length", most)):
+            if values.get(name) is not None:
+                values[name] = model_config.within(room, f"generation.{name}", values[name])
 
     def _resolve(self, values: dict[str, Any]) -> GenerationSettings:
         try:

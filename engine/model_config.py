@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +17,10 @@ if TYPE_CHECKING:
 
     from engine.recipe import Model, Recipe
 
+log = logging.getLogger("engine.models")
 _T5_FAMILY = {"t5", "mt5", "umt5", "longt5"}
+# Modules with a row of their own for each position: Bart's and its relatives', GPT-2's, and older models'.
+_POSITION_TABLES = {"embed_positions", "wpe", "position_embeddings"}
 # Probabilities for hidden states, attention and activations under every family's names; classifier heads are left out.
 _DROPOUTS = (
     "dropout",
@@ -91,6 +96,42 @@ def check_combination(recipe: Recipe, config: PreTrainedConfig, precision: str) 
             NOTHING_LOADED,
             "train the base first and name its final_model folder in model.name_or_path",
         )
+
+
+def most_tokens(model: nn.Module, family: str) -> tuple[float, float]:
+    """Most tokens that fit on the source and on the target side; a causal LM has both in the same places.
+
+    Learned and tabulated positions end with their table: a token beyond it is an IndexError, on a GPU a failed assertion.
+    Rotary and relative positions have no such end (infinity).
+    """
+    tables = {
+        name: module.num_embeddings - getattr(module, "offset", 0)  # Bart's table begins with two unused rows
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in _POSITION_TABLES
+    }
+    if family == "causal":
+        shared = min(tables.values(), default=math.inf)
+        return shared, shared
+    sides = [[rows for name, rows in tables.items() if f"{side}." in name] for side in ("encoder", "decoder")]
+    return min(sides[0], default=math.inf), min(sides[1], default=math.inf)
+
+
+def fit_lengths(lengths: dict[str, int], model: nn.Module, family: str) -> dict[str, int]:
+    """`lengths` (max_source_length, max_target_length) cut to what the model has room for, with a warning for each cut."""
+    source, target = most_tokens(model, family)
+    if family == "causal" and sum(lengths.values()) > source:
+        target = min(lengths["max_target_length"], source // 2)
+        source -= target
+    room = {"max_source_length": source, "max_target_length": target}
+    return {name: within(room[name], f"data.{name}", length) for name, length in lengths.items()}
+
+
+def within(room: float, name: str, asked: int) -> int:
+    """`asked`, or `room` with a warning where that is less."""
+    if asked <= room:
+        return asked
+    log.warning("%s is %d, the model has room for %d: longer texts are cut there", name, asked, room)
+    return int(room)
 
 
 def align_config(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast, family: str, settings: Model) -> None:

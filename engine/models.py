@@ -49,6 +49,13 @@ class ModelBundle:
     quantization: dict[str, Any] | None = None  # settings of a 4-bit base
     prompt_is_known: bool = True  # False: a foreign folder, whose training prompt nobody told
 
+    def __post_init__(self) -> None:
+        self.set_lengths()
+
+    def set_lengths(self, **changed: int) -> None:
+        """Change `lengths`, as far as the model's position embeddings reach."""
+        self.lengths = model_config.fit_lengths(self.lengths | changed, self.model, self.family)
+
     @property
     def generation_config(self) -> GenerationConfig:
         return self.model.generation_config

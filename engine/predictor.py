@@ -81,7 +81,7 @@ class Predictor:
             return [name for name in names if recipe.origin(f"{section}.{name}") == COMMAND_LINE]
 
         bundle, self.generation = self.bundle, recipe.generation
-        bundle.lengths |= {name: getattr(recipe.data, name) for name in asked("data") if name in bundle.lengths}
+        bundle.set_lengths(**{name: getattr(recipe.data, name) for name in asked("data") if name in bundle.lengths})
         if (changed := asked("prompt")) and bundle.prompt_is_known:
             raise EngineError(
                 "E2.28",
@@ -209,7 +209,6 @@ class Predictor:
             self.bundle,
             self.encoder,
             overridden(self.generation, gen),
-            max_new_tokens=self.bundle.lengths["max_target_length"],
             batch_size=batch_size,
         )
 

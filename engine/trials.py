@@ -78,7 +78,6 @@ class Subject:
             self.bundle,
             self.predictor.encoder,
             generation,
-            max_new_tokens=self.bundle.lengths["max_target_length"],
             batch_size=self.recipe.evaluation.per_device_eval_batch_size,
         )
 

@@ -424,3 +424,37 @@ def test_real_data_kobart_at_reduced_width(tmp_path, shared_data):
     ours, theirs = pd.read_csv(out), pd.read_csv(sample)
     assert list(ours.columns) == list(theirs.columns) and list(ours["fname"]) == list(theirs["fname"])
     assert ours["summary"].notna().all() and len(ours) == 499
+
+
+@pytest.mark.parametrize("family", ["bart", "gpt2"])
+def test_dialogues_and_summaries_longer_than_the_model(tmp_path, capsys, family):
+    """Position embeddings are a table: beyond its end there is nothing to look up. Told, cut, and never an IndexError."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from engine import predict
+
+    causal, folder = family == "gpt2", tmp_path / "model"
+    if causal:
+        tokenizer = tiny.tokenizer("llama")
+        config = GPT2Config(vocab_size=len(tokenizer), n_positions=150, n_embd=32, n_layer=1, n_head=2)
+        GPT2LMHeadModel(config).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    else:
+        tiny.save("bart", folder, max_position_embeddings=24)
+    recipe = runs.write_recipe(
+        tmp_path, "llama" if causal else "bart", rows=4, data__max_source_length=140, generation__max_new_tokens=90
+    )
+    runs.train(recipe)
+    told = " ".join(capsys.readouterr().err.split())
+    wanted = ["data.max_source_length is 140, the model has room for 118"] if causal else [
+        "data.max_source_length is 140, the model has room for 24",
+        "data.max_target_length is 32, the model has room for 24",
+    ]  # fmt: skip
+    wanted.append(f"generation.max_new_tokens is 90, the model has room for {32 if causal else 24}")
+    assert all(line in told for line in wanted), told
+    foreign = tmp_path / "foreign"
+    own = shutil.ignore_patterns("recipe.yaml", "prompt_settings.json")
+    shutil.copytree(tmp_path / "run" / "final_model", foreign, ignore=own)
+    arguments = ["--input", str(tmp_path / "dev.jsonl"), "--output", str(tmp_path / "out.csv")]
+    assert predict.main([str(foreign), *arguments, "generation.min_new_tokens=1"]) == 0
+    assert predict.main([str(foreign), *arguments, "data.max_source_length=200", "generation.max_length=300"]) == 0
