@@ -402,6 +402,9 @@ def _read_prompt(folder: Path, tokenizer: PreTrainedTokenizerFast) -> tuple[Prom
     lengths = {"max_source_length": defaults.max_source_length, "max_target_length": defaults.max_target_length}
     path = folder / PROMPT_FILE
     if not path.is_file():
+        if (folder / "recipe.yaml").is_file():
+            what = "a model that was trained here has lost its prompt settings"
+            raise EngineError("E4.10", what, str(path), NOTHING_LOADED, "restore the file from a checkpoint of the run")
         return PromptSettings(**Prompt().model_dump()), lengths
     record = sources.read_json(path)
     try:

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from engine import models, validation
 from engine.assembly import Splits, split_of
+from engine.errors import EngineError
+from engine.runfolder import STATUS
 from engine.storage import read_json, taking_turns, write_json_atomically, write_text_atomically
 from engine.tracking import read_rows, strict_json, write_predictions
 
@@ -153,5 +155,15 @@ def _read_table(path: Path) -> list[Mapping[str, Any]]:
 
 
 def already_complete(run_dir: Path, runtime: Runtime) -> dict[str, Any]:
+    """What the finished run left. Raises: EngineError E6.7 where that cannot be read any more."""
+    path = run_dir / "results.json"
+    try:
+        record = read_json(path)
+        if not isinstance(record, dict):
+            raise ValueError(f"it holds {record!r}"[:60])
+    except (OSError, ValueError) as error:
+        what = f"the run is complete, but its results cannot be read: {error}"
+        next = f"remove {run_dir / STATUS}; then --resume auto writes the results again, from the last checkpoint"
+        raise EngineError("E6.7", what, str(path), "model and checkpoints are untouched", next) from error
     log.info("%s is already complete; nothing to do", run_dir)
-    return read_json(run_dir / "results.json")
+    return record

@@ -211,6 +211,17 @@ def test_a_model_folder_without_a_recipe_predicts(trained, tmp_path):
         predict.main([*arguments, "generation.num_return_sequences=9"])
 
 
+def test_a_model_of_ours_without_its_prompt_is_refused(trained, tmp_path):
+    """It would be prompted by defaults, and answer a little worse without a word."""
+    from engine import predict
+
+    folder, _ = trained
+    bare = tmp_path / "model"
+    shutil.copytree(folder / "run" / "final_model", bare, ignore=shutil.ignore_patterns("prompt_settings.json"))
+    with pytest.raises(EngineError, match=r"error E4\.10: .*lost its prompt settings"):
+        predict.main([str(bare), "--input", str(folder / "test.jsonl"), "--output", str(tmp_path / "out.csv")])
+
+
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_a_run_of_any_precision_predicts_on_the_cpu(trained, tmp_path, precision):
     """Trained in fp16 on a GPU, read on a laptop: in float32, unless the command says otherwise."""

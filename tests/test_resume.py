@@ -272,3 +272,14 @@ def test_a_new_logging_interval_loses_nothing(tmp_path, stopped, capsys):
     runs.train(stopped, "training.logging_steps=2", resume="auto")
     assert "has lost" not in capsys.readouterr().err
     assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2, 4, 6]
+
+
+@pytest.mark.parametrize("content", [b"", b"[1]", b"\xff\xfe", None])
+def test_lost_results_of_a_finished_run_can_be_written_again(tmp_path, recipe, content):
+    first = runs.train(recipe)
+    path = tmp_path / "run" / "results.json"
+    path.unlink() if content is None else path.write_bytes(content)
+    with pytest.raises(EngineError, match=r"error E6\.7: the run is complete.*remove .*run_status\.json"):
+        runs.train(recipe, resume="auto")
+    (tmp_path / "run" / "run_status.json").unlink()
+    assert runs.train(recipe, resume="auto")["metrics"] == first["metrics"]
