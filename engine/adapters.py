@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from engine.errors import EngineError
-from engine.sources import first_line
+from engine.sources import first_line, weight_names
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -283,7 +283,7 @@ def load(model: nn.Module, folder: Path, *, trainable: bool) -> PeftModel:
     """Put the adapter of a checked folder on its base.
 
     Raises:
-        EngineError: E4.8 where the adapter does not fit the base.
+        EngineError: E4.8 where the adapter is damaged, incomplete, or does not fit the base.
     """
     from peft import PeftModel
 
@@ -291,6 +291,7 @@ def load(model: nn.Module, folder: Path, *, trainable: bool) -> PeftModel:
         model.requires_grad_(False)
         if is_4bit(model):
             _quiet_kbit_input_gradients(model)
+    stored = weight_names(folder)
     try:
         with _quiet_peft():
             adapted = PeftModel.from_pretrained(model, folder, is_trainable=trainable, use_safetensors=True)
@@ -299,6 +300,9 @@ def load(model: nn.Module, folder: Path, *, trainable: bool) -> PeftModel:
         raise EngineError(
             "E4.8", what, str(folder), "nothing was changed", "name the base it was trained on"
         ) from error
+    if missing := sorted(adapter_tensors(adapted).keys() - stored):  # peft leaves these as they were drawn
+        what = f"{len(missing)} weights of the adapter are missing, first {missing[0]}"
+        raise EngineError("E4.8", what, str(folder), "nothing was changed", "copy the adapter folder again")
     return finish(adapted, trainable=trainable)
 
 

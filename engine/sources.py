@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -288,20 +289,30 @@ def weights_hash(folder: Path) -> str | None:
 
 def stored_types(folder: Path) -> dict[str, int]:
     """Number of the folder's weights by safetensors type (F32, BF16, F16, ...)."""
+    found: dict[str, int] = {}
+    for _, kind, size in _stored(folder):
+        found[kind] = found.get(kind, 0) + size
+    return found
+
+
+def weight_names(folder: Path) -> set[str]:
+    """Names of all weights in the folder's safetensors files."""
+    return {name for name, _, _ in _stored(folder)}
+
+
+def _stored(folder: Path) -> Iterator[tuple[str, str, int]]:
+    """Name, type and size of each stored weight, by the files' headers. Raises: EngineError E4.8 for a damaged file."""
     from safetensors import SafetensorError, safe_open
 
-    found: dict[str, int] = {}
     for shard in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(shard, framework="pt") as file:
                 for key in file.keys():
                     part = file.get_slice(key)
-                    size = math.prod(part.get_shape())
-                    found[part.get_dtype()] = found.get(part.get_dtype(), 0) + size
+                    yield key, part.get_dtype(), math.prod(part.get_shape())
         except (OSError, SafetensorError) as error:
             what = f"unreadable weight file: {first_line(error)}"
             raise EngineError("E4.8", what, str(shard), NOTHING_LOADED, "download it again") from error
-    return found
 
 
 def trained_on_4_bits(adapter: Path) -> bool:

@@ -358,3 +358,22 @@ def test_peft_and_bitsandbytes_are_imported_only_when_asked_for(root):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "noise", "incomplete"])
+def test_a_damaged_adapter_is_refused(tmp_path, damage):
+    """Left to itself, peft raises what nobody catches, or draws the missing weights and says nothing."""
+    from safetensors.torch import load_file, save_file
+
+    bundle = build(tiny.save("llama", tmp_path / "base"))
+    models.save_model(bundle, tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    whole = path.read_bytes()
+    weights = load_file(path)
+    weights.pop(next(name for name in weights if "lora_B" in name))
+    if damage == "incomplete":
+        save_file(weights, path)
+    else:
+        path.write_bytes({"cut": whole[: len(whole) // 2], "empty": b"", "noise": b"\xff" * 200}[damage])
+    with pytest.raises(EngineError, match=r"E4\.8: (unreadable weight file|1 weights of the adapter are missing)"):
+        models.load_trained(tmp_path / "adapter", device=CPU)
