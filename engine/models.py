@@ -375,7 +375,9 @@ def _load_trained(
         quantization=bits,
         offload_folder=offload_folder if spread else None,
     )
-    if adapter is not None:
+    if adapter is None:
+        _check_rows(model, tokenizer, folder)
+    else:
         weights.resize_embeddings(model, len(tokenizer), {}, None)
         model = adapters.load(model, adapter, trainable=False)
     model_config.align_generation_config(model, tokenizer, family)
@@ -391,6 +393,13 @@ def _load_trained(
         quantization=quantization,
         prompt_is_known=(folder / PROMPT_FILE).is_file(),
     )
+
+
+def _check_rows(model: nn.Module, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        what = f"the tokenizer has {len(tokenizer)} tokens, the model only {rows} rows for them"
+        raise EngineError("E4.15", what, str(folder), NOTHING_LOADED, "take model and tokenizer from one place")
 
 
 def _read_prompt(folder: Path, tokenizer: PreTrainedTokenizerFast) -> tuple[PromptSettings, dict[str, int]]:

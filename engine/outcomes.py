@@ -62,7 +62,9 @@ def classify(error: BaseException, batch: Mapping[str, Tensor] | None = None) ->
             f"out of memory: {text or type(error).__name__}",
             _shapes(batch),
             "checkpoints are untouched",
-            "halve training.per_device_train_batch_size and double training.gradient_accumulation_steps",
+            "halve training.per_device_train_batch_size and double training.gradient_accumulation_steps"
+            if batch
+            else "lower evaluation.per_device_eval_batch_size, generation.num_beams or data.max_source_length",
         )
     if any(
         _is_torch(error, name) for name in ("DistError", "DistBackendError", "DistNetworkError", "DistStoreError")

@@ -541,3 +541,14 @@ def test_embeddings_never_shrink(tmp_path):
     model = tiny.model("llama", 400)
     weights.resize_embeddings(model, 100, {})
     assert model.get_input_embeddings().weight.shape[0] == 400
+
+
+@pytest.mark.parametrize("family", ["bart", "t5", "llama"])
+def test_a_tokenizer_larger_than_its_model_is_refused(tmp_path, family):
+    """Training makes room for added tokens; a folder to predict from has learnt nothing about them."""
+    folder = tiny.save(family, tmp_path / "model")
+    tokenizer = tiny.tokenizer(family)
+    tokenizer.add_tokens(["안녕하세요", "회의는"])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(EngineError, match=rf"E4\.15: the tokenizer has {len(tokenizer)} tokens, the model only"):
+        models.load_trained(folder, device=torch.device("cpu"))
