@@ -82,15 +82,21 @@ class Summarizer:
 
     def _resolve(self, values: dict[str, Any]) -> GenerationSettings:
         try:
-            return GenerationSettings.resolve(
+            settings = GenerationSettings.resolve(
                 values,
                 model_generation_config=self.bundle.model.generation_config,
                 is_encoder_decoder=self.bundle.family == "seq2seq",
             )
+            settings.check_token_ids(self._vocabulary)
+            return settings
         except ValueError as error:
             raise EngineError(
                 "E2.36", str(error), "generation", "nothing was decoded", "change that setting"
             ) from error
+
+    @property
+    def _vocabulary(self) -> int:
+        return self.bundle.model.get_output_embeddings().weight.shape[0]
 
     def _vocabulary_mask(self) -> torch.Tensor | None:
         settings = self.settings
@@ -98,7 +104,7 @@ class Summarizer:
             return None
         return constraints.script_mask(
             self.bundle.tokenizer,
-            self.bundle.model.get_output_embeddings().weight.shape[0],
+            self._vocabulary,
             block_scripts=settings.block_scripts or None,
             allow_scripts=settings.allow_scripts or None,
         )
@@ -173,6 +179,7 @@ class Summarizer:
             pad_token_id=self.bundle.tokenizer.pad_token_id,
             tokens_per_batch=_PLANNED,
             vocabulary_mask=mask,
+            tokenizer=self.bundle.tokenizer,
         )
         return [self._summary(row.index, n_best) for row, n_best in zip(rows, hypotheses, strict=True)]
 

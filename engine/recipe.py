@@ -19,6 +19,8 @@ NonNegative = Annotated[int, Field(ge=0, le=LARGEST)]
 Ratio = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(ge=0)]
 AboveZero = Annotated[float, Field(gt=0)]
+TokenId = NonNegative
+TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 Script = Literal[
     "hangul", "latin", "kana", "han", "cyrillic", "greek", "arabic", "hebrew", "thai", "devanagari", "digits", "punctuation", "emoji", "other"
 ]
@@ -94,7 +96,7 @@ class Lora(Section):
     bias: Literal["none", "all", "lora_only"] = Field("none", description="Which biases to train.")
     use_rslora: bool = Field(False, description="Rank-stabilised scaling (Kalajdzievski, 2023).")
     use_dora: bool = Field(False, description="Weight-decomposed LoRA (Liu et al., 2024).")
-    loraplus_lr_ratio: float | None = Field(None, ge=1, description="LoRA+ (Hayou et al., 2024): learning rate of B over that of A.")
+    loraplus_lr_ratio: float | None = Field(None, ge=1, le=1e6, description="LoRA+ (Hayou et al., 2024): learning rate of B over that of A.")
     modules_to_save: list[str] | None = Field(None, description="Modules trained in full beside the adapters.")
     train_added_tokens: bool = Field(True, description="Train the embedding rows of tokens added to the vocabulary (peft trainable_token_indices).")
 
@@ -176,7 +178,7 @@ class Generation(Section):
     min_new_tokens: NonNegative | None = Field(None, description="No end token before this many new tokens.")
     min_length: NonNegative | None = Field(None, description="As min_new_tokens, counted like max_length.")
     no_repeat_ngram_size: NonNegative = Field(0, description="No n-gram of this size twice; 0 is off.")
-    length_penalty: float = Field(1.0, description="Exponent of the length that divides a finished beam's score; above 1 favours long output.")
+    length_penalty: float = Field(1.0, ge=-100, le=100, description="Exponent of the length that divides a finished beam's score; above 1 favours long output.")
     repetition_penalty: AboveZero = Field(1.0, description="Above 1 makes tokens that are already there less likely.")
     early_stopping: bool | Literal["never"] = Field(True, description="When beam search may end.")
     do_sample: bool = Field(False, description="Draw tokens instead of taking the likeliest.")
@@ -197,24 +199,24 @@ class Generation(Section):
     epsilon_cutoff: Ratio | None = Field(None, description="transformers: epsilon_cutoff.")
     eta_cutoff: Ratio | None = Field(None, description="transformers: eta_cutoff.")
     encoder_repetition_penalty: AboveZero | None = Field(None, description="transformers: encoder_repetition_penalty.")
-    encoder_no_repeat_ngram_size: NonNegative | None = Field(None, description="transformers: encoder_no_repeat_ngram_size.")
-    bad_words_ids: list[list[int]] | None = Field(None, description="transformers: bad_words_ids.")
-    sequence_bias: list[Any] | None = Field(None, description="transformers: sequence_bias, as [[token ids], bias] pairs.")
-    suppress_tokens: list[int] | None = Field(None, description="transformers: suppress_tokens.")
-    begin_suppress_tokens: list[int] | None = Field(None, description="transformers: begin_suppress_tokens.")
+    encoder_no_repeat_ngram_size: NonNegative | None = Field(None, le=1000, description="transformers: encoder_no_repeat_ngram_size.")
+    bad_words_ids: Annotated[list[TokenIds], Field(min_length=1)] | None = Field(None, json_schema_extra={"expected": "a list of lists of token ids, none of them empty, or null"}, description="transformers: bad_words_ids.")
+    sequence_bias: list[Any] | None = Field(None, min_length=1, json_schema_extra={"expected": "a list of [[token ids], bias] pairs, or null"}, description="transformers: sequence_bias, as [[token ids], bias] pairs.")
+    suppress_tokens: list[TokenId] | None = Field(None, description="transformers: suppress_tokens.")
+    begin_suppress_tokens: list[TokenId] | None = Field(None, description="transformers: begin_suppress_tokens.")
     exponential_decay_length_penalty: list[float] | None = Field(None, min_length=2, max_length=2, description="transformers: exponential_decay_length_penalty, as [start, factor].")
     renormalize_logits: bool | None = Field(None, description="transformers: renormalize_logits.")
     remove_invalid_values: bool | None = Field(None, description="transformers: remove_invalid_values.")
     guidance_scale: float | None = Field(None, description="transformers: guidance_scale.")
     max_time: AboveZero | None = Field(None, description="transformers: max_time, in seconds.")
-    stop_strings: list[str] | None = Field(None, description="transformers: stop_strings.")
+    stop_strings: list[Annotated[str, Field(min_length=1)]] | None = Field(None, min_length=1, json_schema_extra={"expected": "a list of texts, none of them empty, or null"}, description="transformers: stop_strings.")
     use_cache: bool | None = Field(None, description="transformers: use_cache.")
-    pad_token_id: int | None = Field(None, description="transformers: pad_token_id.")
-    bos_token_id: int | None = Field(None, description="transformers: bos_token_id.")
-    eos_token_id: int | list[int] | None = Field(None, description="transformers: eos_token_id.")
-    decoder_start_token_id: int | None = Field(None, description="transformers: decoder_start_token_id.")
-    forced_bos_token_id: int | None = Field(None, description="transformers: forced_bos_token_id.")
-    forced_eos_token_id: int | list[int] | None = Field(None, description="transformers: forced_eos_token_id.")
+    pad_token_id: TokenId | None = Field(None, description="transformers: pad_token_id.")
+    bos_token_id: TokenId | None = Field(None, description="transformers: bos_token_id.")
+    eos_token_id: TokenId | TokenIds | None = Field(None, json_schema_extra={"expected": "a token id, a list of some, or null"}, description="transformers: eos_token_id.")
+    decoder_start_token_id: TokenId | None = Field(None, description="transformers: decoder_start_token_id.")
+    forced_bos_token_id: TokenId | Literal[-1] | None = Field(None, json_schema_extra={"expected": "a token id, -1 (nothing is forced), or null"}, description="transformers: forced_bos_token_id; -1 switches off what the model forces.")
+    forced_eos_token_id: TokenId | Literal[-1] | TokenIds | None = Field(None, json_schema_extra={"expected": "a token id, a list of some, -1 (nothing is forced), or null"}, description="transformers: forced_eos_token_id; -1 switches off what the model forces.")
     # Post-processing, each rule on its own and counted
     fix_placeholders: bool = Field(False, description="Remove an unfinished placeholder at the end.")
     fix_cut_word: bool = Field(False, description="Remove a word cut off by the length limit.")
@@ -240,7 +242,7 @@ class Runtime(Section):
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda|cuda:[0-9]{1,3})\z", json_schema_extra={"expected": "one of auto, cpu, cuda, cuda:<number>"}, description="auto takes the GPU of the local rank where there is one.")
     deterministic: bool = Field(False, description="Deterministic kernels only; slower on GPUs.")
     timeout_seconds: Positive = Field(1800, description="How long a rank waits for another in a collective.")
-    num_threads: Positive | None = Field(None, description="CPU threads; null leaves torch's choice.")
+    num_threads: Positive | None = Field(None, le=1024, description="CPU threads; null leaves torch's choice.")
     emulate_fp16_on_cpu: bool = Field(False, description="Tests only: fp16 with a real GradScaler on the CPU.")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from engine.recipe import Recipe
 
@@ -158,10 +159,19 @@ def check_generation(recipe: Recipe) -> Iterator[Finding]:
         yield "generation.block_scripts generation.allow_scripts", "and generation.allow_scripts exclude each other"
     if gen.allow_scripts == []:
         yield "generation.allow_scripts", "allows nothing; name scripts, or null for all"
+    if not all(map(_is_bias, gen.sequence_bias or ())):
+        yield "generation.sequence_bias", "is no list of [[token ids], bias] pairs"
     for key in ("generation.temperature", "generation.top_k", "generation.top_p"):
         given = getattr(gen, key.partition(".")[2]) is not None
         if given and not gen.do_sample and set_later(recipe, key, "generation.do_sample"):
             yield f"{key} generation.do_sample", "has no effect without generation.do_sample: true"
+
+
+def _is_bias(pair: Any) -> bool:
+    if not (isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], list) and pair[0]):
+        return False
+    ids, bias = pair
+    return all(type(token) is int and token >= 0 for token in ids) and type(bias) in (int, float)
 
 
 def check_paths(recipe: Recipe) -> Iterator[Finding]:

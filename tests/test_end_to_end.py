@@ -469,3 +469,47 @@ def test_dialogues_and_summaries_longer_than_the_model(tmp_path, capsys, family)
     arguments = ["--input", str(tmp_path / "dev.jsonl"), "--output", str(tmp_path / "out.csv")]
     assert predict.main([str(foreign), *arguments, "generation.min_new_tokens=1"]) == 0
     assert predict.main([str(foreign), *arguments, "data.max_source_length=200", "generation.max_length=300"]) == 0
+
+
+PASSED_ON = [
+    *("do_sample=true min_p=0.1", "do_sample=true top_h=0.4", "do_sample=true typical_p=0.9"),
+    *("do_sample=true epsilon_cutoff=0.001", "do_sample=true eta_cutoff=0.001"),
+    *("encoder_repetition_penalty=1.2", "encoder_no_repeat_ngram_size=2", "bad_words_ids=[[5],[6,7]]"),
+    *("sequence_bias=[[[5],2],[[6,7],-1.5]]", "suppress_tokens=[9,10]", "begin_suppress_tokens=[9]"),
+    *("exponential_decay_length_penalty=[2,1.1]", "renormalize_logits=true", "remove_invalid_values=true"),
+    *("guidance_scale=1.5", "max_time=30", "stop_strings=[다,.]", "use_cache=false", "min_length=2", "early_stopping=never"),
+    *("pad_token_id=1", "bos_token_id=2", "eos_token_id=[3,5]", "decoder_start_token_id=2", "forced_bos_token_id=5"),
+    *("forced_eos_token_id=-1", "forced_eos_token_id=[3]"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", PASSED_ON)
+def test_every_name_of_generate_decodes(trained, settings):
+    """Whatever transformers' `generate` takes by name, a recipe may say; what our search lacks runs there."""
+    import yaml
+
+    folder, _ = trained
+    predictor = Predictor.from_run(folder / "run")
+    pairs = (part.split("=", 1) for part in settings.split())
+    found = predictor.predict_single(tiny.TEXTS[0], **{name: yaml.safe_load(value) for name, value in pairs})
+    assert isinstance(found, str)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        *("eos_token_id=[]", "eos_token_id=1e300", "pad_token_id=-1", "forced_bos_token_id=100000", "eos_token_id=100000"),
+        *("bad_words_ids=[]", "bad_words_ids=[[]]", "bad_words_ids=[[100000]]", "sequence_bias=[1]", "sequence_bias=[x]"),
+        *("sequence_bias=[[[100000],1.0]]", "stop_strings=[]", "stop_strings=['']", "length_penalty=1e9"),
+        *("encoder_no_repeat_ngram_size=1e9", "suppress_tokens=[-4]", "forced_eos_token_id=[]", "forced_eos_token_id=-2"),
+    ],
+)  # fmt: skip
+def test_settings_that_cannot_be_are_refused(trained, setting):
+    import yaml
+
+    folder, _ = trained
+    predictor = Predictor.from_run(folder / "run")
+    name, value = setting.split("=", 1)
+    with pytest.raises(EngineError) as caught:
+        predictor.predict_single(tiny.TEXTS[0], **{name: yaml.safe_load(value.replace("1e300", "1.0e300"))})
+    assert caught.value.exit_code == 2 and f"generation.{name}" in str(caught.value)

@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from transformers import StoppingCriteriaList, StopStringCriteria
 from transformers.modeling_outputs import BaseModelOutput
 
 from engine.generation import modelstate
@@ -81,6 +83,7 @@ def generate_all(
     vocabulary_mask: torch.Tensor | None = None,
     on_batch: Callable[[list[int], list[list[Hypothesis]]], None] | None = None,
     generator: torch.Generator | None = None,
+    tokenizer: Any = None,
 ) -> list[list[Hypothesis]]:
     """Decode prompts of any lengths, longest first, in batches under a token budget. Results are in input order.
 
@@ -93,6 +96,7 @@ def generate_all(
         vocabulary_mask: `[V]`, or `[len(prompts), V]`, one row per prompt.
         on_batch: called after each batch with the prompts' indices and their results.
         generator: as in `generate`; one source for the whole call.
+        tokenizer: `stop_strings` needs it, and nothing else.
     Returns: per prompt, its R results, best first.
     """
     if empty := [i for i, prompt in enumerate(prompts) if not len(prompt)]:
@@ -108,7 +112,9 @@ def generate_all(
         ):
             ids, mask = pad([prompts[i] for i in batch], pad_token_id, left=not encoder_decoder, device=device)
             search = _search(settings, device, mask_of(vocabulary_mask, batch), generator)
-            hypotheses = as_hypotheses(run_search(base, ids, mask, settings, search), settings.num_return_sequences)
+            hypotheses = as_hypotheses(
+                run_search(base, ids, mask, settings, search, tokenizer), settings.num_return_sequences
+            )
             for i, found in zip(batch, hypotheses, strict=True):
                 results[i] = found
             if on_batch is not None:
@@ -199,10 +205,16 @@ def run_search(
     attention_mask: torch.Tensor | None,
     settings: GenerationSettings,
     search: Search,
+    tokenizer: Any = None,
 ) -> Generated:
     """Decode one batch with a given search, on a model that is prepared already (see `_prepared`)."""
     prompt_length = 1 if base.config.is_encoder_decoder else input_ids.shape[1]
     arguments = settings.generate_arguments(prompt_length)
+    if strings := arguments.pop("stop_strings", None):
+        if tokenizer is None:
+            raise ValueError("generation.stop_strings needs the tokenizer")
+        # `generate` would make this itself, but loses the tokenizer on its way to a search of one's own.
+        arguments["stopping_criteria"] = StoppingCriteriaList([StopStringCriteria(tokenizer, strings)])
     if base.config.is_encoder_decoder and attention_mask is not None:
         arguments["encoder_outputs"] = BaseModelOutput(last_hidden_state=encode(base, input_ids, attention_mask))
     decoded: Decoded = base.generate(

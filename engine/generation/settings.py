@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_NEW_TOKENS = 100
+_STRONGEST_PENALTY = 100  # a length to this power is still a float
+_NAMES_OF_TOKENS = (
+    *("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"),
+    *("forced_bos_token_id", "forced_eos_token_id", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens"),
+    "sequence_bias",
+)
 _OURS = ("repetition_scope", "block_scripts", "allow_scripts", "keep_source_words", "output_scores", "extra")
 
 
@@ -83,6 +89,8 @@ class GenerationSettings:
             if isinstance(merged.get(name), int):
                 merged[name] = float(merged[name])
         extra = {n: v for n, v in given.items() if n not in own and n != "extra"} | dict(given.get("extra", {}))
+        if isinstance(extra.get("sequence_bias"), (list, tuple)):  # transformers insists on floats
+            extra["sequence_bias"] = [[list(ids), float(bias)] for ids, bias in extra["sequence_bias"]]
         settings = cls(**merged, extra=extra)
         _check(settings, given, is_encoder_decoder)
         return settings
@@ -105,6 +113,15 @@ class GenerationSettings:
         if self.max_new_tokens is not None:
             shown.pop("max_length", None)
         return shown | dict(self.extra)
+
+    def check_token_ids(self, vocabulary: int) -> None:
+        """Raises: ValueError: a token id that a model of this vocabulary does not have."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)} | dict(self.extra)
+        bias = values.get("sequence_bias") or ()
+        values["sequence_bias"] = [list(ids) for ids in bias] if isinstance(bias, dict) else [ids for ids, _ in bias]
+        for name in _NAMES_OF_TOKENS:
+            if beyond := [token for token in _leaves(values.get(name)) if token >= vocabulary]:
+                raise ValueError(f"generation.{name}: the model has no token {beyond[0]}, only 0 to {vocabulary - 1}")
 
     def new_token_limit(self, prompt_length: int) -> int:
         """Most new tokens after a prompt of `prompt_length` tokens (decoder start for encoder-decoders)."""
@@ -164,8 +181,12 @@ def _check(s: GenerationSettings, given: Mapping[str, Any], is_encoder_decoder: 
             raise ValueError(f"generation.{name}={value!r}: must be greater than 0")
     if s.top_p is not None and not (_is_number(s.top_p) and 0 < s.top_p <= 1):
         raise ValueError(f"generation.top_p={s.top_p!r}: must be in (0, 1]")
-    if not _is_number(s.length_penalty):
-        raise ValueError(f"generation.length_penalty={s.length_penalty!r}: must be a number")
+    if not (_is_number(s.length_penalty) and abs(s.length_penalty) <= _STRONGEST_PENALTY):
+        limit = _STRONGEST_PENALTY
+        raise ValueError(f"generation.length_penalty={s.length_penalty!r}: must be a number from -{limit} to {limit}")
+    for name in ("eos_token_id", "forced_eos_token_id", "bad_words_ids"):
+        if getattr(s, name) == []:
+            raise ValueError(f"generation.{name}=[]: must name a token")
     if s.early_stopping not in (True, False, "never"):
         raise ValueError(f"generation.early_stopping={s.early_stopping!r}: must be true, false or 'never'")
     if s.repetition_scope not in ("output", "all"):
@@ -204,6 +225,15 @@ def _is_int(value: Any) -> bool:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _leaves(value: Any) -> Iterator[int]:
+    """Whole numbers in a value of nested lists."""
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _leaves(item)
+    elif _is_int(value):
+        yield value
 
 
 def _switched_off(token_id: Any) -> bool:
