@@ -87,7 +87,7 @@ class Summarizer:
                 model_generation_config=self.bundle.model.generation_config,
                 is_encoder_decoder=self.bundle.family == "seq2seq",
             )
-            settings.check_token_ids(self._vocabulary)
+            settings.check_token_ids(self._vocabulary, values)
             return settings
         except ValueError as error:
             raise EngineError(

@@ -391,7 +391,7 @@ def _load_trained(
         prompt=prompt,
         lengths=lengths,
         quantization=quantization,
-        prompt_is_known=(folder / PROMPT_FILE).is_file(),
+        prompt_is_known=any((folder / name).is_file() for name in (PROMPT_FILE, "recipe.yaml")),
     )
 
 
@@ -403,22 +403,22 @@ def _check_rows(model: nn.Module, tokenizer: PreTrainedTokenizerFast, folder: Pa
 
 
 def _read_prompt(folder: Path, tokenizer: PreTrainedTokenizerFast) -> tuple[PromptSettings, dict[str, int]]:
-    """Prompt settings stored with the model, or the defaults for a foreign folder."""
+    """Prompt settings stored with the model, else those of its recipe, else the defaults for a foreign folder."""
     from engine.prompts import PromptSettings
-    from engine.recipe import Data, Prompt
+    from engine.recipe import Recipe
+    from engine.recipe_reader import load_recipe
 
-    defaults = Data()
-    lengths = {"max_source_length": defaults.max_source_length, "max_target_length": defaults.max_target_length}
-    path = folder / PROMPT_FILE
+    path, recipe = folder / PROMPT_FILE, folder / "recipe.yaml"
     if not path.is_file():
-        if (folder / "recipe.yaml").is_file():
-            what = "a model that was trained here has lost its prompt settings"
-            raise EngineError("E4.10", what, str(path), NOTHING_LOADED, "restore the file from a checkpoint of the run")
-        return PromptSettings(**Prompt().model_dump()), lengths
+        trained = load_recipe(recipe) if recipe.is_file() else Recipe()
+        if recipe.is_file():
+            log.warning("%s is missing: the prompt is the one of %s", path, recipe)
+        lengths = {name: getattr(trained.data, name) for name in ("max_source_length", "max_target_length")}
+        return PromptSettings(**trained.prompt.model_dump()), lengths
     record = sources.read_json(path)
     try:
         settings = PromptSettings.from_dict(record["prompt"])
-        lengths = {key: int(record["data"][key]) for key in lengths}
+        lengths = {key: int(record["data"][key]) for key in ("max_source_length", "max_target_length")}
         fingerprint = record["fingerprint"]
     except (KeyError, TypeError, ValueError) as error:
         raise EngineError(

@@ -211,15 +211,18 @@ def test_a_model_folder_without_a_recipe_predicts(trained, tmp_path):
         predict.main([*arguments, "generation.num_return_sequences=9"])
 
 
-def test_a_model_of_ours_without_its_prompt_is_refused(trained, tmp_path):
-    """It would be prompted by defaults, and answer a little worse without a word."""
+def test_a_model_of_ours_that_lost_its_prompt_settings(trained, tmp_path, capsys):
+    """The recipe beside it knows them as well."""
     from engine import predict
 
     folder, _ = trained
     bare = tmp_path / "model"
     shutil.copytree(folder / "run" / "final_model", bare, ignore=shutil.ignore_patterns("prompt_settings.json"))
-    with pytest.raises(EngineError, match=r"error E4\.10: .*lost its prompt settings"):
-        predict.main([str(bare), "--input", str(folder / "test.jsonl"), "--output", str(tmp_path / "out.csv")])
+    outputs = [tmp_path / "whole.csv", tmp_path / "bare.csv"]
+    for model, output in zip((folder / "run", bare), outputs, strict=True):
+        assert predict.main([str(model), "--input", str(folder / "test.jsonl"), "--output", str(output)]) == 0
+    assert "prompt_settings.json is missing" in " ".join(capsys.readouterr().err.split())
+    assert outputs[0].read_bytes() == outputs[1].read_bytes()
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])

@@ -15,6 +15,7 @@ import torch
 
 from engine import scoring
 from engine.errors import EngineError
+from engine.tokenization import train_tokenizer
 from engine.recipe_reader import load_recipe
 from engine.trials import Decoding, Scored, comparison, encoder_remembered
 
@@ -393,9 +394,8 @@ def test_average_of_probabilities_end_to_end(make_run, tmp_path, capsys, family)
 
 def test_average_refuses_another_vocabulary(make_run, tmp_path):
     one, two = make_run("one"), make_run("two")
-    tokenizer = tiny.tokenizer("bart")
-    tokenizer.add_tokens(["새로운"])
-    tokenizer.save_pretrained(two / "final_model")
+    smaller = train_tokenizer(tiny.TEXTS, vocabulary_size=330, kind="unigram", added_tokens=tiny.ADDED, causal=False)
+    smaller.save_pretrained(two / "final_model")
     with pytest.raises(EngineError, match="vocabulary is not that of"):
         ensemble.main(["average", str(one), str(two), "--output", str(tmp_path / "o.csv"), "--device", "cpu"])
 

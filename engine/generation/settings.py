@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -16,6 +16,7 @@ _NAMES_OF_TOKENS = (
     *("forced_bos_token_id", "forced_eos_token_id", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens"),
     "sequence_bias",
 )
+_WRITTEN = ("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id")
 _OURS = ("repetition_scope", "block_scripts", "allow_scripts", "keep_source_words", "output_scores", "extra")
 
 
@@ -114,12 +115,16 @@ class GenerationSettings:
             shown.pop("max_length", None)
         return shown | dict(self.extra)
 
-    def check_token_ids(self, vocabulary: int) -> None:
-        """Raises: ValueError: a token id that a model of this vocabulary does not have."""
+    def check_token_ids(self, vocabulary: int, given: Container[str]) -> None:
+        """Raises: ValueError: a token id that a model of this vocabulary does not have.
+
+        Only what was `given` is looked at, and what is written into the output in any case: configurations name end tokens
+        that their models lack, and nothing comes of it.
+        """
         values = {f.name: getattr(self, f.name) for f in fields(self)} | dict(self.extra)
         bias = values.get("sequence_bias") or ()
         values["sequence_bias"] = [list(ids) for ids in bias] if isinstance(bias, dict) else [ids for ids, _ in bias]
-        for name in _NAMES_OF_TOKENS:
+        for name in (name for name in _NAMES_OF_TOKENS if name in given or name in _WRITTEN):
             if beyond := [token for token in _leaves(values.get(name)) if token >= vocabulary]:
                 raise ValueError(f"generation.{name}: the model has no token {beyond[0]}, only 0 to {vocabulary - 1}")
 
