@@ -308,7 +308,7 @@ def train_tokenizer(
         causal: begin each text with `<s>`; otherwise end each source with `</s>`.
 
     Raises:
-        EngineError: E3.30 where there is no text to train on.
+        EngineError: E3.33 where there is no text to train on.
     """
     import sentencepiece
 
