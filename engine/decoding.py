@@ -88,6 +88,8 @@ class Summarizer:
                 is_encoder_decoder=self.bundle.family == "seq2seq",
             )
             settings.check_token_ids(self._vocabulary, values)
+            if self.bundle.family == "seq2seq" and settings.extra.get("guidance_scale", 1) != 1:
+                raise ValueError("generation.guidance_scale: transformers guides causal LMs only")
             return settings
         except ValueError as error:
             raise EngineError(

@@ -480,7 +480,7 @@ PASSED_ON = [
     *("encoder_repetition_penalty=1.2", "encoder_no_repeat_ngram_size=2", "bad_words_ids=[[5],[6,7]]"),
     *("sequence_bias=[[[5],2],[[6,7],-1.5]]", "suppress_tokens=[9,10]", "begin_suppress_tokens=[9]"),
     *("exponential_decay_length_penalty=[2,1.1]", "renormalize_logits=true", "remove_invalid_values=true"),
-    *("guidance_scale=1.5", "max_time=30", "stop_strings=[다,.]", "use_cache=false", "min_length=2", "early_stopping=never"),
+    *("guidance_scale=1.0", "max_time=30", "stop_strings=[다,.]", "use_cache=false", "min_length=2", "early_stopping=never"),
     *("pad_token_id=1", "bos_token_id=2", "eos_token_id=[3,5]", "decoder_start_token_id=2", "forced_bos_token_id=5"),
     *("forced_eos_token_id=-1", "forced_eos_token_id=[3]"),
 ]  # fmt: skip
@@ -505,6 +505,7 @@ def test_every_name_of_generate_decodes(trained, settings):
         *("bad_words_ids=[]", "bad_words_ids=[[]]", "bad_words_ids=[[100000]]", "sequence_bias=[1]", "sequence_bias=[x]"),
         *("sequence_bias=[[[100000],1.0]]", "stop_strings=[]", "stop_strings=['']", "length_penalty=1e9"),
         *("encoder_no_repeat_ngram_size=1e9", "suppress_tokens=[-4]", "forced_eos_token_id=[]", "forced_eos_token_id=-2"),
+        "guidance_scale=1.5",
     ],
 )  # fmt: skip
 def test_settings_that_cannot_be_are_refused(trained, setting):
