@@ -42,7 +42,6 @@ def finish(job: Job, splits: Splits) -> dict[str, Any]:
     record = _record(job, best, test_metrics)
     with job.runtime.together("writing results"):
         if job.runtime.is_main:
-            # results.json says that the run is finished, so it comes last: a run killed in between writes its row again.
             append_result(Path(job.recipe.experiment.output_root) / "results.csv", _row(record))
             write_json_atomically(job.run_dir / "results.json", record)
     if record["best_value"] is not None:
