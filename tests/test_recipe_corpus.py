@@ -78,7 +78,7 @@ BAD_TEXT = [
     ("generation:\n  max_new_tokens: -5\n", 7, "above 0 or null"),
     ("generation:\n  repetition_penalty: 0\n", 7, "above 0"),
     ("generation:\n  repetition_penalty: -1.2\n", 7, "above 0"),
-    ("generation:\n  length_penalty: long\n", 7, "a number; got 'long'"),
+    ("generation:\n  length_penalty: long\n", 7, "a number at least -100 and at most 100; got 'long'"),
     ("generation:\n  early_stopping: always\n", 7, "true or false or never"),
     ("generation:\n  block_scripts: latin\n", 7, "write a list: [latin]"),
     ("generation:\n  block_scripts: [klingon]\n", 7, "got [klingon]"),
