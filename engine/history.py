@@ -23,7 +23,7 @@ from engine.storage import reached, read_json, write_json_atomically
 log = logging.getLogger("engine.checkpoints")
 NAME = re.compile(r"checkpoint-(0|[1-9]\d{0,17})")
 _LEFTOVER = re.compile(r"\.(tmp|trash)-checkpoint-\d+-[0-9a-f]+")
-_PARTIAL = re.compile(r"\.[\w.]+\.json\.\d+\.partial")
+_PARTIAL = re.compile(r"\.[\w.]+\.jsonl?\.\d+\.partial")
 _RUN_ID = re.compile(r"[0-9a-f]{16}")
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 _BAD_KEPT = 2  # damaged checkpoints kept for whoever wants to know what happened to them

@@ -125,6 +125,8 @@ def append_result(path: Path, row: Mapping[str, Any]) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with taking_turns(path.parent):
+        for left_behind in path.parent.glob(f".{path.name}.*.partial"):  # by a kill; nobody else writes now
+            left_behind.unlink(missing_ok=True)
         try:
             known = _read_table(path)
         except ValueError as error:

@@ -533,6 +533,7 @@ def test_leftovers_of_killed_saves_are_bounded(tmp_path):
         (tmp_path / f".tmp-checkpoint-2-{number:08x}").mkdir()
         (tmp_path / f".trash-checkpoint-1-{number:08x}").mkdir()
     (tmp_path / f".best.json.{99}.partial").write_text("{")
+    (tmp_path / f".metrics.jsonl.{99}.partial").write_text("{")
     (tmp_path / ".tmp-something-else").mkdir()
     open_store(tmp_path)
     assert names(tmp_path) == {"checkpoint-1", "last.json", ".tmp-something-else"}

@@ -26,6 +26,12 @@ def test_runs_of_the_same_name_are_told_apart_and_a_rerun_replaces_its_row(tmp_p
     assert [(row["final_model_path"][:2], row["best_value"]) for row in rows_of(path)] == [("/b", "2.0"), ("/a", "3.0")]
 
 
+def test_what_a_killed_run_left_is_removed(tmp_path):
+    (tmp_path / ".results.csv.99.partial").write_text("run,fin")
+    append_result(tmp_path / "results.csv", row_of("/a"))
+    assert [file.name for file in tmp_path.iterdir()] == ["results.csv"]
+
+
 def _append_many(path, start, name) -> None:
     start.wait()
     for number in range(10):
