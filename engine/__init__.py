@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from engine.errors import EngineError
-    from engine.predictor import Predictor
-    from engine.recipe import Recipe
-    from engine.recipe_reader import load_recipe
+    from engine.prediction.predictor import Predictor
+    from engine.recipe.load import load_recipe
+    from engine.recipe.schema import Recipe
 
 __version__ = "0.1.0"
 _HOMES = {
     "EngineError": "engine.errors",
-    "Predictor": "engine.predictor",
-    "Recipe": "engine.recipe",
-    "load_recipe": "engine.recipe_reader",
+    "Predictor": "engine.prediction.predictor",
+    "Recipe": "engine.recipe.schema",
+    "load_recipe": "engine.recipe.load",
 }
 __all__ = ["EngineError", "Predictor", "Recipe", "__version__", "load_recipe"]
 

@@ -21,12 +21,13 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 if TYPE_CHECKING:
-    from engine.data import Example, Feature
-    from engine.decoding import Summarizer, Summary
-    from engine.partial import PartialResults
-    from engine.predictor import Predictor
-    from engine.recipe import Recipe
-    from engine.runtime import Runtime
+    from engine.data.encode import Feature
+    from engine.data.rows import Example
+    from engine.prediction.partial import PartialResults
+    from engine.prediction.predictor import Predictor
+    from engine.prediction.summarizer import Summarizer, Summary
+    from engine.recipe.schema import Recipe
+    from engine.runtime.process import Runtime
 
 log = logging.getLogger("engine.predict")
 _OPEN_TO_OVERRIDES = (
@@ -49,13 +50,13 @@ _OPEN_TO_OVERRIDES = (
 
 def predict(options: argparse.Namespace, recipe: Recipe, runtime: Runtime) -> list[Summary]:
     """Read, decode what is not decoded yet, gather, write. Returns the summaries in the order of the input."""
-    from engine import outputs
-    from engine.partial import PartialResults
-    from engine.predictor import Predictor
+    from engine.prediction.files import check_target, read_input, write
+    from engine.prediction.partial import PartialResults
+    from engine.prediction.predictor import Predictor
 
     with runtime.together("reading the input"):
-        examples = outputs.read_input(options.input, recipe)
-        outputs.check_target(examples, options)  # what cannot be written is refused before anything is decoded
+        examples = read_input(options.input, recipe)
+        check_target(examples, options)  # what cannot be written is refused before anything is decoded
     with runtime.together("loading the model"):
         predictor = Predictor.from_run(
             options.model, device=runtime.device, precision=options.precision, base=options.base
@@ -71,7 +72,7 @@ def predict(options: argparse.Namespace, recipe: Recipe, runtime: Runtime) -> li
         summaries = decode_rest(predictor, summarizer, dialogues, features, partial, runtime)
     with runtime.together("writing the output"):
         if runtime.is_main:
-            outputs.write(examples, summaries, options, recipe)
+            write(examples, summaries, options, recipe)
             partial.remove()
     return summaries
 
@@ -87,8 +88,8 @@ def decode_rest(
     """Decode what no side file holds; no collective until all ranks are through."""
     import torch
 
-    from engine.decoding import Summary
-    from engine.validation import gather_summaries
+    from engine.prediction.summarizer import Summary
+    from engine.training.evaluation import gather_summaries
 
     with runtime.together("reading what is decoded already"):
         records = partial.read_all() if runtime.is_main else None
@@ -122,9 +123,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; see README.md for what it prints and its exit codes."""
     options = parse(arguments)
 
-    from engine.predictor import model_folder, recipe_of
-    from engine.recipe_reader import with_overrides
-    from engine.runtime import start
+    from engine.prediction.predictor import model_folder, recipe_of
+    from engine.recipe.load import with_overrides
+    from engine.runtime.process import start
 
     recipe = with_overrides(recipe_of(model_folder(Path(options.model))), options.overrides, _OPEN_TO_OVERRIDES)
     # A run trained in fp16 on a GPU must be readable on a laptop: the precision of a prediction is its own.
@@ -161,8 +162,8 @@ def _fingerprint(
     options: argparse.Namespace, examples: list[Example], summarizer: Summarizer, predictor: Predictor
 ) -> str:
     """Of everything that decides a decoded row: model files, prompt, settings, input."""
-    from engine.data import fingerprint
-    from engine.predictor import model_folder
+    from engine.data.rows import fingerprint
+    from engine.prediction.predictor import model_folder
 
     folder = model_folder(Path(options.model))
     files = sorted(
@@ -174,6 +175,6 @@ def _fingerprint(
 
 
 if __name__ == "__main__":
-    from engine.runtime import main_guard
+    from engine.runtime.exits import main_guard
 
     sys.exit(main_guard(main))

@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from engine.job import Job
-    from engine.recipe import Recipe, Training
-    from engine.runtime import Runtime
-    from engine.state import Update, Window
+    from engine.recipe.schema import Recipe, Training
+    from engine.runtime.process import Runtime
+    from engine.training.job import Job
+    from engine.training.state import Update, Window
 
 
 def train(job: Job) -> None:
@@ -64,9 +64,9 @@ def train_step(
     """
     import torch
 
-    from engine.losses import summed_cross_entropy
-    from engine.numerics import check_finite
-    from engine.state import Update
+    from engine.training.losses import summed_cross_entropy
+    from engine.training.nonfinite import check_finite
+    from engine.training.state import Update
 
     loss_sum = torch.zeros((), device=runtime.device)
     for micro_step, batch in enumerate(window.batches, start=1):
@@ -113,26 +113,27 @@ def run(
     Raises:
         EngineError: with the exit code of the command line in `.exit_code`.
     """
-    from engine import assembly, results
-    from engine.runtime import start
+    from engine.runtime.process import start
+    from engine.training import finish, setup
 
     with start(recipe) as runtime:
         if dry_run:
-            return assembly.plan(recipe, runtime)
+            return setup.plan(recipe, runtime)
         folder = runtime.open_run(recipe, resume)
         if folder.finished:
-            return results.already_complete(folder.path, runtime)
-        data = assembly.read_splits(recipe, runtime)  # bad rows are told before minutes go into loading a model
-        with assembly.prepare(recipe, runtime, folder, data, resume, allow_change) as job:
+            return finish.already_complete(folder.path, runtime)
+        data = setup.read_splits(recipe, runtime)  # bad rows are told before minutes go into loading a model
+        with setup.prepare(recipe, runtime, folder, data, resume, allow_change) as job:
             train(job)
-            return results.finish(job, data)
+            return finish.finish(job, data)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; see README.md for what it prints and its exit codes."""
     options = parse(arguments)
 
-    from engine.recipe_reader import load_recipe, print_recipe
+    from engine.recipe.dump import print_recipe
+    from engine.recipe.load import load_recipe
 
     recipe = load_recipe(options.recipe, options.overrides, debug=options.debug)
     if options.print_recipe:
@@ -172,6 +173,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    from engine.runtime import main_guard
+    from engine.runtime.exits import main_guard
 
     sys.exit(main_guard(main))

@@ -127,7 +127,7 @@ def test_predictor_refuses_what_it_cannot_read(trained):
 
 
 def test_a_submission_is_checked_before_and_never_lost_after_decoding(trained, tmp_path, monkeypatch):
-    from engine import decoding
+    from engine.prediction import summarizer as prediction_summarizer
 
     folder, _ = trained
     predictor, target = Predictor.from_run(folder / "run"), tmp_path / "out.csv"
@@ -136,11 +136,11 @@ def test_a_submission_is_checked_before_and_never_lost_after_decoding(trained, t
     sample.write_text("fname,summary\na,x\nc,y\n", encoding="utf-8")
 
     def decode(self, model, rows, mask):
-        return [decoding.Summary(row.index, ["" if row.index else "요약"], [0.0], 1, True) for row in rows]
+        return [prediction_summarizer.Summary(row.index, ["" if row.index else "요약"], [0.0], 1, True) for row in rows]
 
-    monkeypatch.setattr(decoding.Summarizer, "_decode", decode)
+    monkeypatch.setattr(prediction_summarizer.Summarizer, "_decode", decode)
     assert list(predictor.create_submission(frame, target, show_progress=False)["summary"]) == ["요약", "뭐 해?"]
-    monkeypatch.setattr(decoding.Summarizer, "_decode", lambda *_: pytest.fail("decoded too early"))
+    monkeypatch.setattr(prediction_summarizer.Summarizer, "_decode", lambda *_: pytest.fail("decoded too early"))
     for wrong, given in ((frame.drop(columns="fname"), None), (frame, sample), (frame.assign(fname="a"), None)):
         with pytest.raises(EngineError) as caught:
             predictor.create_submission(wrong, target, sample_submission=given)
@@ -246,7 +246,8 @@ def test_a_run_of_any_precision_predicts_on_the_cpu(trained, tmp_path, precision
 
 def test_overrides_of_a_prediction_work_or_are_refused(trained, tmp_path, monkeypatch, capsys):
     """None is taken and then dropped: lengths reach the prompt, the prompt of a trained model is its own."""
-    from engine import decoding, predict
+    from engine import predict
+    from engine.prediction import summarizer as prediction_summarizer
 
     folder, _ = trained
     seen: list[list[int]] = []
@@ -254,10 +255,10 @@ def test_overrides_of_a_prediction_work_or_are_refused(trained, tmp_path, monkey
     def decode(self, model, rows, mask):
         seen.append([len(row.input_ids) for row in rows])
         limits.append(self.settings.max_new_tokens)
-        return [decoding.Summary(row.index, ["요약"], [0.0], 1, True) for row in rows]
+        return [prediction_summarizer.Summary(row.index, ["요약"], [0.0], 1, True) for row in rows]
 
     limits: list[int] = []
-    monkeypatch.setattr(decoding.Summarizer, "_decode", decode)
+    monkeypatch.setattr(prediction_summarizer.Summarizer, "_decode", decode)
     arguments = [str(folder / "run"), "--input", str(folder / "test.jsonl"), "--output", str(tmp_path / "out.csv")]
     free = ["generation.max_new_tokens=null"]
     assert predict.main([*arguments, *free]) == predict.main([*arguments, "data.max_source_length=7", *free]) == 0
@@ -296,7 +297,8 @@ def test_outputs_are_refused_before_anything_is_decoded(trained, tmp_path, outpu
 
 def test_a_prediction_goes_on_where_it_stopped(trained, monkeypatch, capsys):
     """Batches that a side file holds are not decoded again, and the file comes out the same."""
-    from engine import decoding, predict
+    from engine import predict
+    from engine.prediction import summarizer as prediction_summarizer
 
     folder, _ = trained
     whole, resumed = folder / "whole.csv", folder / "resumed.csv"
@@ -305,7 +307,7 @@ def test_a_prediction_goes_on_where_it_stopped(trained, monkeypatch, capsys):
     assert predict.main([*arguments, "--output", str(whole), batch]) == 0
 
     decoded: list[int] = []
-    plain = decoding.Summarizer._decode
+    plain = prediction_summarizer.Summarizer._decode
 
     def counted(self, model, rows, mask):
         if len(decoded) >= 2 and not counted.alive:
@@ -314,7 +316,7 @@ def test_a_prediction_goes_on_where_it_stopped(trained, monkeypatch, capsys):
         return plain(self, model, rows, mask)
 
     counted.alive = False
-    monkeypatch.setattr(decoding.Summarizer, "_decode", counted)
+    monkeypatch.setattr(prediction_summarizer.Summarizer, "_decode", counted)
     with pytest.raises(KeyboardInterrupt):
         predict.main([*arguments, "--output", str(resumed), batch])
     assert not resumed.exists() and len(decoded) == 2

@@ -9,14 +9,14 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
-from test_losses import batch_for
 
-from engine import numerics, optim
+from engine.data.collate import IGNORE_INDEX
 from engine.errors import EngineError
-from engine.losses import IGNORE_INDEX, supervised_tokens
-from engine.recipe import Training
-from engine.state import TrainerState, Update, Window
+from engine.recipe.schema import Training
 from engine.train import train_step
+from engine.training import nonfinite, optim
+from engine.training.losses import supervised_tokens
+from engine.training.state import TrainerState, Update, Window
 
 
 class OneRank:
@@ -51,7 +51,7 @@ class Parts:
         self.runtime = OneRank(torch.float16 if self.scaler.is_enabled() else None)
 
     def window(self, masked=False):
-        batches = [batch_for("bart"), batch_for("bart")]
+        batches = [tiny.batch_for("bart"), tiny.batch_for("bart")]
         if masked:
             for batch in batches:
                 batch["labels"].fill_(IGNORE_INDEX)
@@ -159,17 +159,17 @@ def test_skipping_for_ever_ends_the_run():
     skipped = Update(loss=math.nan, grad_norm=math.nan, learning_rate=0.0, applied=False)
     for _ in range(3):
         state.advance(Window([], 1, 1, []), skipped, updates_per_epoch=100)
-        numerics.check_skipping(state, scaler, training)
+        nonfinite.check_skipping(state, scaler, training)
     state.advance(Window([], 1, 1, []), skipped, updates_per_epoch=100)
     with pytest.raises(EngineError, match="4 updates in a row") as caught:
-        numerics.check_skipping(state, scaler, training)
+        nonfinite.check_skipping(state, scaler, training)
     assert caught.value.exit_code == 7
 
 
 def test_a_collapsed_scale_ends_the_run():
     scaler = torch.amp.GradScaler("cpu", init_scale=0.25)
     with pytest.raises(EngineError, match="fell to 0.25"):
-        numerics.check_skipping(TrainerState(), scaler, Training())
+        nonfinite.check_skipping(TrainerState(), scaler, Training())
 
 
 def test_skipped_windows_use_up_data_but_are_no_steps():

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from engine.data.collate import IGNORE_INDEX
+
 FAMILIES = ("bart", "t5", "llama", "qwen3")
 CAUSAL = ("llama", "qwen3")
 ADDED = ["#Person1#", "#Person2#", "#PhoneNumber#"]
@@ -38,7 +40,7 @@ TEXTS = [
 
 @lru_cache
 def _trained(kind: str, causal: bool) -> Any:
-    from engine.tokenization import train_tokenizer
+    from engine.models.tokenization import train_tokenizer
 
     return train_tokenizer(TEXTS, vocabulary_size=400, kind=kind, added_tokens=ADDED, causal=causal)
 
@@ -105,3 +107,25 @@ def write_rows(path: Path, count: int = 8) -> Path:
     ]
     path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
     return path
+
+
+def causal_batch(rows: int = 3, length: int = 9, vocabulary: int = 400) -> dict[str, torch.Tensor]:
+    ids = torch.randint(5, vocabulary, (rows, length))
+    labels = ids.clone()
+    labels[:, : length // 2] = IGNORE_INDEX  # prompts
+    labels[-1, -2:] = IGNORE_INDEX  # padding of the last row
+    mask = torch.ones_like(ids)
+    mask[-1, -2:] = 0
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def seq2seq_batch(rows: int = 3, source: int = 9, target: int = 6, vocabulary: int = 400) -> dict[str, torch.Tensor]:
+    labels = torch.randint(5, vocabulary, (rows, target))
+    labels[-1, -2:] = IGNORE_INDEX
+    decoder = torch.cat([torch.full((rows, 1), 3), labels[:, :-1].clamp(min=0)], dim=1)
+    ids = torch.randint(5, vocabulary, (rows, source))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, "decoder_input_ids": decoder}
+
+
+def batch_for(family: str) -> dict[str, torch.Tensor]:
+    return causal_batch() if family in CAUSAL else seq2seq_batch()

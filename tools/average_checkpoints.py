@@ -53,13 +53,14 @@ def average(folders: Sequence[Path], weights: Sequence[float] | None, output: Pa
 
     Raises: EngineError: E4 for folders that are not the same model, or that our loader would refuse as well.
     """
+    import ensembling
     from safetensors.torch import save_file
 
-    from engine import ensembling, sources
-    from engine.storage import write_json_atomically
+    from engine.models import hub
+    from engine.runtime.atomic import write_json_atomically
 
     for folder in folders:
-        sources.check_folder(folder)
+        hub.check_folder(folder)
     partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
     partial.mkdir(parents=True)
     try:
@@ -109,7 +110,7 @@ def copy_the_rest(source: Path, target: Path) -> None:
 
 def validation_file(folder: Path) -> str | None:
     """What the recipe beside a checkpoint was evaluated on; `output` may lie where there is no recipe."""
-    from engine.recipe_reader import load_recipe
+    from engine.recipe.load import load_recipe
 
     recipe = next(
         (place / "recipe.yaml" for place in (folder, folder.parent) if (place / "recipe.yaml").is_file()), None
@@ -119,7 +120,7 @@ def validation_file(folder: Path) -> str | None:
 
 def compare(folders: Sequence[Path], output: Path, args: argparse.Namespace) -> list[str]:
     """Decode the dev split with every member and with the mean, under the run's own settings."""
-    from engine.trials import Scored, comparison, open_subject
+    from trials import Scored, comparison, open_subject
 
     systems = []
     for folder in (*folders, output):
@@ -150,7 +151,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def chosen(args: argparse.Namespace) -> tuple[list[Path], Path]:
     """(members, folder to write). Raises EngineError E2 for arguments that do not go together."""
-    from engine.ensembling import normalised
+    from ensembling import normalised
 
     given = [Path(folder) for folder in args.folders]
     folders = last_checkpoints(given[0], args.last) if args.last and len(given) == 1 else given
@@ -192,6 +193,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from engine.runtime import main_guard
+    from engine.runtime.exits import main_guard
 
     sys.exit(main_guard(main))

@@ -39,10 +39,10 @@ def convert(source: str, output: Path, revision: str | None = None) -> Path:
         raise EngineError("E2.40", f"{UNSAFE} is set, which lets pickle files run code", "environment", NOTHING_WRITTEN)
     if output.exists():
         raise EngineError("E2.63", "the output is there already", str(output), NOTHING_WRITTEN, "name a new folder")
-    from engine import sources
+    from engine.models import hub
 
     folder = Path(source) if Path(source).is_dir() else download(source, revision)
-    sources.check_folder(folder, weights=False)
+    hub.check_folder(folder, weights=False)
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -50,7 +50,7 @@ def convert(source: str, output: Path, revision: str | None = None) -> Path:
         for file in sorted(folder.iterdir()):
             if file.is_file() and not file.name.startswith(WEIGHTS) and any(file.match(rule) for rule in PATTERNS):
                 shutil.copyfile(file, partial / file.name)
-        sources.check_folder(partial)
+        hub.check_folder(partial)
         partial.rename(output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT))  # so that it also runs without the package instal
 from engine.errors import EngineError  # noqa: E402
 
 if TYPE_CHECKING:
-    from engine.trials import Decoding, Subject
+    from trials import Decoding, Subject
 
 NOTHING_WRITTEN = "nothing was written"
 ID_COLUMNS, TEXT_COLUMNS = ("id", "fname"), ("prediction", "summary")
@@ -102,7 +102,7 @@ def check_ids(files: Sequence[Predictions]) -> list[str]:
 
 def consensus(files: Sequence[Predictions], ids: Sequence[str], weights: Sequence[float], metric: str, tokenizer: str):
     """The choice for each id; a file's candidates share its weight. Returns texts, and how many came from each file."""
-    from engine.ensembling import choose_by_consensus
+    from ensembling import choose_by_consensus
 
     texts, taken = [], [0] * len(files)
     for one in ids:
@@ -133,8 +133,9 @@ def references_for(args: argparse.Namespace, files: Sequence[Predictions], ids: 
 
 
 def mbr(args: argparse.Namespace) -> int:
-    from engine import scoring
-    from engine.trials import Scored, comparison
+    from trials import Scored, comparison
+
+    from engine.scoring import rouge
 
     files = [read_predictions(Path(path), args.id_column, args.text_column) for path in args.files]
     weights = checked_weights(args.weights, len(files))
@@ -150,12 +151,12 @@ def mbr(args: argparse.Namespace) -> int:
     if references is not None:
         firsts = [[file.candidates[one][0] for one in ids] for file in files]
         systems = [
-            Scored(str(file.path), scoring.rouge_rows(first, references, args.rouge_tokenizer))
+            Scored(str(file.path), rouge.rouge_rows(first, references, args.rouge_tokenizer))
             for file, first in zip(files, firsts, strict=True)
         ]
-        combined = Scored("consensus", scoring.rouge_rows(texts, references, args.rouge_tokenizer), seconds)
+        combined = Scored("consensus", rouge.rouge_rows(texts, references, args.rouge_tokenizer), seconds)
         print(
-            *comparison(combined, systems, args.metric, args.seed), scoring.tokenizer_id(args.rouge_tokenizer), sep="\n"
+            *comparison(combined, systems, args.metric, args.seed), rouge.tokenizer_id(args.rouge_tokenizer), sep="\n"
         )
     return 0
 
@@ -164,7 +165,7 @@ def mbr(args: argparse.Namespace) -> int:
 
 
 def average(args: argparse.Namespace) -> int:
-    from engine.trials import Scored, comparison, open_subject
+    from trials import Scored, comparison, open_subject
 
     weights = checked_weights(args.weights, len(args.runs))
     labelled = args.input is None
@@ -201,9 +202,10 @@ def check_members(subjects: Sequence[Subject], names: Sequence[str]) -> None:
 
 def decode_together(subjects: Sequence[Subject], weights: Sequence[float], overrides: Sequence[str]) -> Decoding:
     """All rows with all models, under the first one's settings."""
-    from engine.ensembling import generate_together
-    from engine.postprocessing import postprocess
-    from engine.trials import Decoding
+    from ensembling import generate_together
+    from trials import Decoding
+
+    from engine.prediction.postprocess import postprocess
 
     first = subjects[0]
     summarizer = first.summarizer(first.generation(overrides))
@@ -234,7 +236,7 @@ def decode_together(subjects: Sequence[Subject], weights: Sequence[float], overr
 
 
 def checked_weights(weights: Sequence[float] | None, count: int) -> list[float]:
-    from engine.ensembling import normalised
+    from ensembling import normalised
 
     try:
         return normalised(weights, count)
@@ -247,11 +249,11 @@ def write(args: argparse.Namespace, id_column: str, text_column: str, ids: list[
     path = Path(args.output)
     path.parent.mkdir(parents=True, exist_ok=True)
     if args.sample_submission:
-        from engine.submission import submission_table, write_submission
+        from engine.prediction.submission import submission_table, write_submission
 
         write_submission(submission_table(ids, texts, args.sample_submission), path)
         return
-    from engine.storage import write_text_atomically
+    from engine.runtime.atomic import write_text_atomically
 
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
@@ -308,6 +310,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from engine.runtime import main_guard
+    from engine.runtime.exits import main_guard
 
     sys.exit(main_guard(main))

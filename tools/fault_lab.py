@@ -69,8 +69,12 @@ class Plan:
         )
 
 
-SITES = (("engine.job", "Job.load_window"), ("engine.losses", "summed_cross_entropy"), ("engine.validation", "evaluate"),
-         ("engine.checkpoints", "CheckpointStore._write_rank_files"))  # fmt: skip
+SITES = (
+    ("engine.training.job", "Job.load_window"),
+    ("engine.training.losses", "summed_cross_entropy"),
+    ("engine.training.evaluation", "evaluate"),
+    ("engine.checkpoints.store", "CheckpointStore._write_rank_files"),
+)
 
 
 class Lab:
@@ -227,7 +231,7 @@ def _become_rank(
         if plan.kind == "site" and plan.victim == rank:
             _break(plan)
 
-        from engine.outcomes import main_guard
+        from engine.runtime.exits import main_guard
         from engine.train import main
 
         code = main_guard(lambda: main(arguments))
@@ -245,7 +249,7 @@ def _overrides(setting: Setting, run: Path) -> list[str]:
 
 
 def _install(plan: Plan, record: Path) -> None:
-    from engine import storage
+    from engine.runtime import atomic
 
     passed = Counter()
 
@@ -259,7 +263,7 @@ def _install(plan: Plan, record: Path) -> None:
         if key == plan.point and passed[key] > plan.turn:
             _act(plan.action)
 
-    storage.fail_points.append(meet)
+    atomic.fail_points.append(meet)
 
 
 def _break(plan: Plan) -> None:
@@ -418,14 +422,14 @@ def write_inputs(work: Path) -> None:
 def _make_model(work: Path, folder: str) -> None:  # never returns
     code = 1
     try:
-        from engine import models
-        from engine.recipe_reader import load_recipe
-        from engine.runtime import start
+        from engine.models import build
+        from engine.recipe.load import load_recipe
+        from engine.runtime.process import start
 
         recipe = load_recipe(work / f"make-{folder}.yaml")
         with start(recipe) as runtime:
-            bundle = models.build(recipe, device=runtime.device, precision="fp32")
-            models.save_model(bundle, work / folder)
+            bundle = build.build_model(recipe, device=runtime.device, precision="fp32")
+            build.save_model(bundle, work / folder)
         code = 0
     except BaseException:
         traceback.print_exc()

@@ -26,7 +26,7 @@ from engine.errors import EngineError  # noqa: E402
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from engine.models import ModelBundle
+    from engine.models.build import ModelBundle
 
 NOTHING_WRITTEN = "nothing was written"
 DIALOGUES = (
@@ -54,30 +54,30 @@ def merge(adapter: Path, output: Path, base: str | None = None, precision: str =
     """
     import torch
 
-    from engine import models, sources
+    from engine.models import build, hub
 
     if output.exists():
         raise EngineError("E2.63", "the output is there already", str(output), NOTHING_WRITTEN, "name a new folder")
-    if not sources.is_adapter(adapter):
+    if not hub.is_adapter(adapter):
         raise EngineError(
             "E4.64", "no adapter (adapter_config.json) here", str(adapter), NOTHING_WRITTEN, "check the path"
         )
     stored = stored_precision(adapter, base) if precision == "auto" else precision
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    bundle = models.load_trained(adapter, device=device, precision=stored, base=base, four_bit=False)
+    bundle = build.load_trained(adapter, device=device, precision=stored, base=base, four_bit=False)
     expected = outputs(bundle.model, bundle)
     bundle.model = bundle.model.merge_and_unload()
     report = {"precision": stored, **compare(expected, outputs(bundle.model, bundle), stored, "merged")}
-    if sources.trained_on_4_bits(adapter):
+    if hub.trained_on_4_bits(adapter):
         # What evaluation saw during training: its base was rounded to 4 bits, so some difference is to be expected.
-        rounded = models.load_trained(adapter, device=device, precision=stored, base=base)
+        rounded = build.load_trained(adapter, device=device, precision=stored, base=base)
         report["four_bit"] = difference(outputs(rounded.model, rounded), outputs(bundle.model, bundle))
         del rounded
 
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        models.save_model(bundle, partial)
+        build.save_model(bundle, partial)
         copy_recipe(adapter, partial)
         alone = load_alone(partial, bundle, device)
         report["reloaded"] = compare(outputs(bundle.model, bundle), outputs(alone, bundle), stored, "reloaded")
@@ -91,10 +91,10 @@ def merge(adapter: Path, output: Path, base: str | None = None, precision: str =
 
 def stored_precision(adapter: Path, base: str | None) -> str:
     """The type of most of the base's weights, as its files have them."""
-    from engine import sources
+    from engine.models import hub
 
-    name, revision = (base, None) if base else sources.base_of_adapter(adapter)
-    kinds = sources.stored_types(sources.resolve(name, revision=revision))
+    name, revision = (base, None) if base else hub.base_of_adapter(adapter)
+    kinds = hub.stored_types(hub.resolve(name, revision=revision))
     names = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
     return names.get(max(kinds, key=kinds.get, default="F32"), "fp32")
 
@@ -103,7 +103,7 @@ def outputs(model: nn.Module, bundle: ModelBundle) -> list[tuple[Tensor, list[in
     """For each dialogue: logits along the greedy continuation (T, V), and its token ids."""
     import torch
 
-    from engine.data import Example
+    from engine.data.rows import Example
 
     encoder, found = bundle.text_encoder(), []
     device = model.get_input_embeddings().weight.device
@@ -164,7 +164,7 @@ def load_alone(folder: Path, bundle: ModelBundle, device: Any) -> nn.Module:
     """The merged folder as any program without this package would load it."""
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    from engine.models import quiet_transformers
+    from engine.models.build import quiet_transformers
 
     auto = AutoModelForCausalLM if bundle.family == "causal" else AutoModelForSeq2SeqLM
     with quiet_transformers():
@@ -188,7 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="of the result")
     options = parser.parse_args(arguments)
     try:
-        from engine.predictor import model_folder
+        from engine.prediction.predictor import model_folder
 
         report = merge(model_folder(options.adapter), options.output, options.base, options.precision)
     except EngineError as error:

@@ -48,7 +48,7 @@ def agreement(one: Path, other: Path) -> tuple[int, int]:
 
 
 def report(base: Path, qlora: Path, predictions: list[tuple[str, Path]], references: Path) -> list[str]:
-    from engine import scoring
+    from engine.scoring import rouge
 
     tokenizer = best(base)["rouge_tokenizer"]
     lines = [
@@ -67,7 +67,7 @@ def report(base: Path, qlora: Path, predictions: list[tuple[str, Path]], referen
         lines += ["", f"Test summaries{'':30s}    mean   same as {first[0]}"]
     for name, file in predictions:
         found = texts(file)
-        mean = scoring.rouge([found[key] for key in wanted], list(wanted.values()), tokenizer)["rouge_mean"]
+        mean = rouge.rouge([found[key] for key in wanted], list(wanted.values()), tokenizer)["rouge_mean"]
         same, rows = agreement(first[1], file)
         lines.append(f"  {name:42s} {mean:7.2f}   {same} of {rows}")
     return lines

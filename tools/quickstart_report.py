@@ -36,7 +36,8 @@ def dev_evaluations(run: Path) -> list[dict]:
 
 
 def report(run: Path, data: Path) -> list[str]:
-    from engine import scoring
+    from engine.scoring import rouge
+    from engine.scoring.baselines import fact_share, lead_baseline
 
     evaluations = dev_evaluations(run)
     best_step = json.loads((run / "best.json").read_text(encoding="utf-8"))["step"]
@@ -54,13 +55,13 @@ def report(run: Path, data: Path) -> list[str]:
     dev = read_csv(run / "predictions" / f"dev-step{best_step}.csv")
     references = [row["reference"] for row in dev]
     lines += ["", "The first two turns as the summary (same split, same scorer)"]
-    baselines = {"speakers kept": first_turns, "speakers removed": scoring.lead_baseline}
+    baselines = {"speakers kept": first_turns, "speakers removed": lead_baseline}
     for name, baseline in baselines.items():
-        mean = scoring.rouge([baseline(row["dialogue"]) for row in dev], references, tokenizer)["rouge_mean"]
+        mean = rouge.rouge([baseline(row["dialogue"]) for row in dev], references, tokenizer)["rouge_mean"]
         lines.append(f"  {name:17s} mean {mean:6.2f}   the model has {best['rouge_mean'] / mean:.2f} times that")
 
     facts = {row["fname"]: row["facts"].split("|") for row in read_csv(data / "dev.csv")}
-    share = scoring.fact_share([row["prediction"] for row in dev], [facts[row["id"]] for row in dev])
+    share = fact_share([row["prediction"] for row in dev], [facts[row["id"]] for row in dev])
     lines += ["", f"Facts kept right in the best dev summaries: {100 * share:.1f} %"]
 
     tests = sorted((run / "predictions").glob("test-step*.csv"), key=lambda path: path.stat().st_mtime)

@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))  # so that it also runs without the package instal
 from engine.errors import EngineError  # noqa: E402
 
 if TYPE_CHECKING:
-    from engine.recipe import Recipe
+    from engine.recipe.schema import Recipe
 
 SCORES = ("rouge1", "rouge2", "rougeL", "rouge_sum", "rouge_mean", "loss", "capped_rate")
 FACTS = ("rouge_tokenizer", "rows", "parameters", "precision", "seconds", "samples_per_second", "peak_memory_gib")
@@ -48,26 +48,29 @@ def screen_one(recipe: Recipe, folder: Path, name: str) -> dict[str, Any]:
     Raises:
         EngineError: as training would, for recipe, data and model.
     """
-    from engine import assembly, data, memory, models, validation
-    from engine.runtime import start
-    from engine.tracking import write_predictions
+    from engine.data.rows import read_split
+    from engine.models import build, memory, weights
+    from engine.runtime.process import start
+    from engine.training import setup
+    from engine.training.evaluation import evaluate
+    from engine.training.tracking import write_predictions
 
     settings = recipe.data
     with start(recipe) as runtime:
         limit = settings.max_validation_samples
-        rows = data.read_split(settings, settings.validation_file, require_summary=True, limit=limit)
-        bundle = models.build(recipe, device=runtime.device, precision=runtime.precision)
-        if models.is_adapted(bundle.model):
+        rows = read_split(settings, settings.validation_file, require_summary=True, limit=limit)
+        bundle = build.build_model(recipe, device=runtime.device, precision=runtime.precision)
+        if weights.is_adapted(bundle.model):
             bundle.model = bundle.model.unload()  # adapters start without effect and only cost time here
         encoder = bundle.text_encoder()
-        split = assembly.split_of("dev", rows, encoder).subset(recipe.evaluation.max_samples)
-        evaluation = validation.evaluate(
+        split = setup.split_of("dev", rows, encoder).subset(recipe.evaluation.max_samples)
+        evaluation = evaluate(
             bundle.model.eval(),
             split,
             runtime,
             collate=bundle.collate,
             batch_size=recipe.evaluation.per_device_eval_batch_size,
-            summarizer=assembly.summarizer_of(recipe, bundle, encoder),
+            summarizer=setup.summarizer_of(recipe, bundle, encoder),
             rouge_tokenizer=recipe.evaluation.rouge_tokenizer,
         )
         write_predictions(folder / f"{name}.predictions.csv", evaluation.rows)
@@ -186,7 +189,7 @@ def read(recipe: str, overrides: Sequence[str]) -> Recipe:
     Raises:
         EngineError: E2 for a recipe that cannot be screened.
     """
-    from engine.recipe_reader import load_recipe
+    from engine.recipe.load import load_recipe
 
     given = [text for text in overrides if not text.startswith("data.train_file=")]
     loaded = load_recipe(recipe, [*given, "data.train_file=not-read", "tokenizer.added_tokens=[]"])
@@ -261,6 +264,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from engine.runtime import main_guard
+    from engine.runtime.exits import main_guard
 
     sys.exit(main_guard(main))

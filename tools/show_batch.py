@@ -17,20 +17,21 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it also runs without the package installed
 
 if TYPE_CHECKING:
-    from engine.data import Example, Feature, TextEncoder
-    from engine.recipe import Recipe
+    from engine.data.encode import Feature, TextEncoder
+    from engine.data.rows import Example
+    from engine.recipe.schema import Recipe
 
 
 def text_encoder(recipe: Recipe) -> tuple[TextEncoder, Any]:
     """The encoder that training would use, and the model's configuration."""
-    from engine import model_config, sources, tokenization
-    from engine.data import TextEncoder
-    from engine.prompts import PromptSettings
+    from engine.data.encode import TextEncoder
+    from engine.data.prompts import PromptSettings
+    from engine.models import configuration, hub, tokenization
 
     name = recipe.model.name_or_path
-    folder = sources.resolve(name, revision=recipe.model.revision, weights=False) if name else None
-    config = model_config.load_config(recipe.model, folder)
-    family = model_config.family(recipe.model.family, config)
+    folder = hub.resolve(name, revision=recipe.model.revision, weights=False) if name else None
+    config = configuration.load_config(recipe.model, folder)
+    family = configuration.family(recipe.model.family, config)
     tokenizer = tokenization.for_recipe(recipe, folder, family)
     tokenizer = tokenization.prepare(tokenizer, recipe.tokenizer.added_tokens, name=name or "trained here")
     encoder = TextEncoder(
@@ -44,7 +45,7 @@ def text_encoder(recipe: Recipe) -> tuple[TextEncoder, Any]:
 
 
 def training_examples(recipe: Recipe) -> list[Example]:
-    from engine.data import read_split
+    from engine.data.rows import read_split
 
     settings = recipe.data
     return read_split(settings, settings.train_file, require_summary=True, limit=settings.max_train_samples)
@@ -69,7 +70,7 @@ def text_of(encoder: TextEncoder, ids: list[int]) -> str:
 
 def show(encoder: TextEncoder, feature: Feature, *, ids: bool) -> str:
     """One feature: an encoder-decoder's source and target, or a causal LM's one row, with the supervised span marked."""
-    from engine.losses import IGNORE_INDEX
+    from engine.data.collate import IGNORE_INDEX
 
     target = [label for label in feature.labels if label != IGNORE_INDEX]
     source = feature.input_ids if encoder.family == "seq2seq" else feature.input_ids[: -len(target)]
@@ -92,8 +93,8 @@ def heading(encoder: TextEncoder, feature: Feature, example: Example) -> str:
 
 def first_batch(recipe: Recipe, encoder: TextEncoder, config: Any, features: list[Feature]) -> list[str]:
     """Shapes of the first micro-batch on one device, and how much of it is padding."""
-    from engine import data
-    from engine.batching import WindowSampler
+    from engine.data import collate
+    from engine.data.windows import WindowSampler
 
     sampler = WindowSampler(
         [feature.length for feature in features],
@@ -105,10 +106,10 @@ def first_batch(recipe: Recipe, encoder: TextEncoder, config: Any, features: lis
     rows = [features[row] for row in sampler.window(0, 0)[0]]
     pad = encoder.tokenizer.pad_token_id
     if encoder.family == "causal":
-        batch = data.collate_causal(rows, pad_token_id=pad)
+        batch = collate.collate_causal(rows, pad_token_id=pad)
     else:
         start = getattr(config, "decoder_start_token_id", None)
-        batch = data.collate_seq2seq(rows, pad_token_id=pad, decoder_start_token_id=pad if start is None else start)
+        batch = collate.collate_seq2seq(rows, pad_token_id=pad, decoder_start_token_id=pad if start is None else start)
     padding = 1 - batch["attention_mask"].float().mean().item()
     shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in batch.items())
     return [f"first micro-batch: {shapes}", f"padding in its input_ids: {100 * padding:.1f} %"]
@@ -124,8 +125,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
 
-    from engine.data import encode_all, length_report
-    from engine.recipe_reader import load_recipe
+    from engine.data.encode import encode_all, length_report
+    from engine.recipe.load import load_recipe
 
     recipe = load_recipe(options.recipe, options.overrides)
     examples = training_examples(recipe)
@@ -141,6 +142,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from engine.runtime import main_guard
+    from engine.runtime.exits import main_guard
 
     sys.exit(main_guard(main))

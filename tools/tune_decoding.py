@@ -28,8 +28,9 @@ sys.path.insert(0, str(ROOT))  # so that it also runs without the package instal
 from engine.errors import EngineError  # noqa: E402
 
 if TYPE_CHECKING:
-    from engine.scoring import Difference, Interval
-    from engine.trials import Decoding, Subject
+    from trials import Decoding, Subject
+
+    from engine.scoring.intervals import Difference, Interval
 
 MOST_SETTINGS = 2000
 METRICS = ("rouge1", "rouge2", "rougeL", "rouge_sum", "rouge_mean")
@@ -55,7 +56,7 @@ def parse_grid(text: str) -> list[dict[str, Any]]:
 
     Raises: EngineError: E2 for text that is not of this form, a key twice, or more than MOST_SETTINGS combinations.
     """
-    from engine.recipe_yaml import parse
+    from engine.recipe.yaml_subset import parse
 
     parts = re.split(r"(?:^|\s+)(?:generation\.)?([A-Za-z_]\w*)=", text.strip())
     if len(parts) < 3 or parts[0].strip():
@@ -115,7 +116,7 @@ class Ledger:
 
 def identity_of(subject: Subject) -> str:
     """What a decoding depends on apart from its settings, in a few hashes."""
-    from engine.sources import weights_hash
+    from engine.models.hub import weights_hash
 
     prompts = hashlib.sha256(json.dumps([feature.input_ids for feature in subject.prompts]).encode()).hexdigest()
     weight = next(subject.bundle.model.parameters())
@@ -131,8 +132,9 @@ def run_trials(
 
     The first one decoded also runs the encoder, so its seconds are not those of the others.
     """
-    from engine import scoring
-    from engine.trials import encoder_remembered
+    from trials import encoder_remembered
+
+    from engine.scoring import endings, intervals
 
     planned: dict[str, tuple[dict[str, Any], Any]] = {}
     for changes in ({}, *grid):
@@ -152,9 +154,9 @@ def run_trials(
                 changes,
                 decoding,
                 rows,
-                scoring.bootstrap_interval(values, seed),
-                scoring.paired_difference(values, own, seed),
-                scoring.ending_report(decoding.texts, subject.references, [not end for end in decoding.ended]),
+                intervals.bootstrap_interval(values, seed),
+                intervals.paired_difference(values, own, seed),
+                endings.ending_report(decoding.texts, subject.references, [not end for end in decoding.ended]),
             )
             trials.append(trial)
             print(f"[{len(trials)}/{len(planned)}] {progress_line(trial, metric)}", flush=True)
@@ -162,7 +164,7 @@ def run_trials(
 
 
 def decode(subject: Subject, ledger: Ledger, key: str, changes: dict[str, Any], summarizer: Any) -> Decoding:
-    from engine.trials import Decoding
+    from trials import Decoding
 
     if key in ledger.known:
         return Decoding(**ledger.known[key])
@@ -175,7 +177,7 @@ def decode(subject: Subject, ledger: Ledger, key: str, changes: dict[str, Any], 
 
 
 def name(changes: dict[str, Any]) -> str:
-    from engine.recipe_yaml import flow
+    from engine.recipe.yaml_subset import flow
 
     return " ".join(f"{key}={flow(value)}" for key, value in changes.items()) or "the run's own settings"
 
@@ -236,7 +238,7 @@ def csv_text(trials: list[Trial], keys: list[str], own: dict[str, Any], metric: 
 
 def verdict(trials: list[Trial], metric: str, seed: int) -> list[str]:
     """What the best setting is worth, with the optimism of choosing among many taken off."""
-    from engine.scoring import selection_gain
+    from engine.scoring.intervals import selection_gain
 
     best, own = ranked(trials)[0], trials[0]
     if not best.changes:
@@ -255,7 +257,7 @@ def verdict(trials: list[Trial], metric: str, seed: int) -> list[str]:
 
 def overlay(best: Trial, keys: list[str], own: dict[str, Any], comments: list[str]) -> str:
     """A recipe with nothing but the best values of the grid's keys."""
-    from engine.recipe_yaml import flow
+    from engine.recipe.yaml_subset import flow
 
     values = [f"  {key}: {flow(best.changes.get(key, own[key]))}" for key in keys]
     return "\n".join([*(f"# {comment}" for comment in comments), "generation:", *values, ""])
@@ -284,9 +286,10 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     grid = parse_grid(args.grid)
-    from engine.scoring import tokenizer_id
-    from engine.storage import write_text_atomically
-    from engine.trials import open_subject
+    from trials import open_subject
+
+    from engine.runtime.atomic import write_text_atomically
+    from engine.scoring.rouge import tokenizer_id
 
     subject = open_subject(args.run, input_file=args.input, device=args.device, limit=args.limit)
     own_metric = subject.recipe.evaluation.metric
@@ -308,6 +311,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from engine.runtime import main_guard
+    from engine.runtime.exits import main_guard
 
     sys.exit(main_guard(main))

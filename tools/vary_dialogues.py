@@ -26,14 +26,14 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # so that it also runs without the package installed
 
 if TYPE_CHECKING:
-    from engine.data import Example
+    from engine.data.rows import Example
 
 FEWEST_TURNS = 4  # below, every turn counts
 
 
 def without_some_turns(dialogue: str, share: float, draw: random.Random) -> str:
     """The dialogue without a random `share` of its turns (rounded, one at least), the others in their order."""
-    from engine.prompts import split_turns
+    from engine.data.prompts import split_turns
 
     turns = split_turns(dialogue)
     if len(turns) < FEWEST_TURNS:
@@ -70,10 +70,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.copies < 1 or not 0 < options.share <= 0.5:
         parser.error("--copies must be at least 1, and --share above 0 and at most 0.5")
 
-    from engine.data import read_split
-    from engine.recipe import Recipe
-    from engine.recipe_reader import with_overrides
-    from engine.storage import write_text_atomically
+    from engine.data.rows import read_split
+    from engine.recipe.load import with_overrides
+    from engine.recipe.schema import Recipe
+    from engine.runtime.atomic import write_text_atomically
 
     settings = with_overrides(Recipe(), options.overrides, ("data",)).data
     examples = read_split(settings, options.input, require_summary=False)
@@ -87,6 +87,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from engine.outcomes import main_guard
+    from engine.runtime.exits import main_guard
 
     sys.exit(main_guard(main))

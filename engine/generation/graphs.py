@@ -20,7 +20,7 @@ import torch
 logger = logging.getLogger(__name__)
 
 WINDOW_STRIDE = 64
-# Families whose forward pass was checked to ask nothing of the device (tests/test_generation_parity.py).
+# Families whose forward pass was checked to ask nothing of the device (tests/generation/test_search.py).
 CAPTURABLE_MODEL_TYPES = frozenset(
     {"bart", "marian", "mbart", "mt5", "pegasus", "t5", "umt5"}
     | {"exaone4", "gemma", "gpt2", "gpt_neox", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3"}

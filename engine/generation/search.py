@@ -28,7 +28,7 @@ from engine.generation.processors import Chain, History, OutputOnly, VocabularyM
 
 logger = logging.getLogger(__name__)
 
-# Families whose forward pass was checked against `generate` (tests/test_generation_parity.py).
+# Families whose forward pass was checked against `generate` (tests/generation/test_search.py).
 _ENCODER_DECODERS = {"bart", "m2m_100", "marian", "mbart", "mt5", "pegasus", "t5", "umt5"}
 _CAUSAL = {"exaone4", "gemma", "gpt2", "gpt_neox", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3"}
 VERIFIED_MODEL_TYPES = frozenset(_ENCODER_DECODERS | _CAUSAL)

@@ -45,9 +45,9 @@ from transformers import (  # noqa: E402
     Qwen3ForCausalLM,
 )
 
-from engine.generation import GenerationSettings, Hypothesis, generate_all  # noqa: E402
-from engine.generation.api import pad  # noqa: E402
+from engine.generation.api import Hypothesis, generate_all, pad  # noqa: E402
 from engine.generation.search import Search  # noqa: E402
+from engine.generation.settings import GenerationSettings  # noqa: E402
 
 TIE = 2e-4  # accumulated log-probability; float32 rounding of two summation orders stays far below
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from engine.recipe import Recipe
+    from engine.recipe.schema import Recipe
 
 _LLAMA = {"model_type": "llama", "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128_256, "rope_theta": 5e5}
 _QWEN3 = {"model_type": "qwen3", "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151_936, "rope_theta": 1e6}
@@ -86,7 +86,7 @@ class Load:
 
 def recipe_of(folder: Path, load: Load) -> Recipe:
     """The recipe that this benchmark measures: the shipped QLoRA settings."""
-    from engine.recipe import Recipe
+    from engine.recipe.schema import Recipe
 
     return Recipe(
         model={"name_or_path": str(folder)},
@@ -110,7 +110,7 @@ def build(values: dict[str, Any], recipe: Recipe, device: torch.device, dtype: t
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from engine import adapters, weights
+    from engine.models import adapters, weights
 
     overrides = {key: value for key, value in values.items() if key != "model_type"}
     config = AutoConfig.for_model(values["model_type"], **overrides)
@@ -179,7 +179,7 @@ def fill(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
 def make_batch(vocabulary: int, load: Load, device: torch.device, seed: int) -> dict[str, Tensor]:
     import torch
 
-    from engine.losses import IGNORE_INDEX
+    from engine.data.collate import IGNORE_INDEX
 
     ids = torch.randint(0, vocabulary, (load.rows, load.length), generator=torch.Generator().manual_seed(seed))
     labels = ids.clone()
@@ -194,8 +194,9 @@ def updates(
     """Seconds of each update, as the training loop makes it: summed loss, backward, clip, step."""
     import torch
 
-    from engine import adapters, optim
-    from engine.losses import summed_cross_entropy
+    from engine.models import adapters
+    from engine.training import optim
+    from engine.training.losses import summed_cross_entropy
 
     training = recipe.training
     optimizer = optim.build_optimizer(optim.parameter_groups(model, training.weight_decay), training, device)
@@ -245,11 +246,12 @@ def measure(shape: str, load: Load, count: int) -> dict[str, Any]:
     """One shape on the current GPU."""
     import torch
 
-    from engine import adapters, memory, models
+    from engine.models import adapters, memory
+    from engine.models.build import default_precision
 
     device = torch.device("cuda", 0)
     torch.cuda.set_device(device)
-    precision = models.default_precision(device)
+    precision = default_precision(device)
     precision = "fp16" if precision == "fp32" else precision
     values = SHAPES[shape]
     with tempfile.TemporaryDirectory() as folder:

@@ -55,7 +55,7 @@ def make_batch(rows: int, length: int, answer: int) -> dict[str, Tensor]:
     """Rows of `length` tokens of which the last `answer` are supervised, as a causal LM's collator makes them."""
     import torch
 
-    from engine.losses import IGNORE_INDEX
+    from engine.data.collate import IGNORE_INDEX
 
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(0, VOCABULARY, (rows, length), generator=generator)
@@ -69,7 +69,7 @@ def plain(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 
 def ours(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    from engine.losses import summed_cross_entropy, supervised_tokens
+    from engine.training.losses import summed_cross_entropy, supervised_tokens
 
     return summed_cross_entropy(model, batch) / supervised_tokens(batch)
 

@@ -37,9 +37,9 @@ class Subject:
         from transformers import BartConfig, BartForConditionalGeneration
         from transformers.utils.logging import disable_progress_bar
 
-        from engine.checkpoints import CheckpointStore
-        from engine.ranks import RankGroup
-        from engine.runfolder import RunStatus
+        from engine.checkpoints.store import CheckpointStore
+        from engine.runtime.ranks import RankGroup
+        from engine.runtime.run_status import RunStatus
 
         disable_progress_bar()
         torch.manual_seed(0)
@@ -66,7 +66,8 @@ class Subject:
         """Returns the seconds in which the loop waited."""
         import torch
 
-        from engine.checkpoints import EngineState, weights_of
+        from engine.checkpoints.host_copies import weights_of
+        from engine.checkpoints.store import EngineState
 
         self.step += 1
         rng = {"torch": torch.get_rng_state()}

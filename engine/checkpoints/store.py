@@ -1,0 +1,420 @@
+"""Checkpoints that are whole or absent: save, rotate, point at the best, verify, resume.
+
+A save goes through these stages, so that a kill at any instant leaves every `checkpoint-<step>/` complete:
+
+1. all ranks stand at the same update boundary; rank 0 makes `.tmp-checkpoint-<step>-<nonce>/` beside the target;
+2. every rank writes its own random state there, forces it to the disk, and tells the others its hashes or its failure;
+3. rank 0 writes weights, optimizer and trainer state, forces them to the disk and hashes them;
+4. rank 0 writes `manifest.json`, the last file, which names every other one with size and sha256;
+5. rank 0 renames the folder to its final name and forces the parent folder to the disk;
+6. only now the pointers `last.json` and `best.json` move, and only after that old checkpoints go, renamed first.
+
+Stages 3 to 6 are rank 0's alone and run in a thread, on copies in host memory, while training goes on. The other
+ranks learn how they ended when the save is joined (`wait`), before the next save and at the end of the run.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engine.checkpoints import manifest
+from engine.checkpoints.history import History
+from engine.checkpoints.host_copies import HostCopies, weights_of
+from engine.checkpoints.identity import changes, check_allowed, identity_of
+from engine.checkpoints.manifest import MANIFEST
+from engine.checkpoints.state_files import flatten_state, read_state, write_state
+from engine.errors import EngineError
+from engine.runtime.atomic import (
+    fail_points,
+    file_record,
+    free_bytes,
+    fsync_file,
+    reached,
+    storage_error,
+    write_json_atomically,
+)
+from engine.runtime.ranks import as_engine_error
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from engine.runtime.process import Runtime
+
+__all__ = ["CheckpointStore", "EngineState", "fail_points", "identity_of", "refusing", "weights_of"]
+log = logging.getLogger("engine.checkpoints")
+ENGINE_STATE = "engine_state"
+_SLACK = 4 << 20  # bytes of a checkpoint that are not tensors: tokenizer, configs, manifest
+
+
+@dataclass
+class EngineState:
+    """Everything beside the weights that the next update depends on.
+
+    Attributes:
+        position: the trainer's own counters, JSON-safe.
+        best: {"step", "metric", "value"} of the best evaluation so far, or None.
+        optimizer, scheduler, scaler: their `state_dict()`s.
+        rng: `Runtime.random_state()` of this rank; None after a resume with more ranks than before.
+    """
+
+    position: dict[str, Any]
+    best: dict[str, Any] | None
+    optimizer: dict[str, Any]
+    scheduler: dict[str, Any]
+    scaler: dict[str, Any]
+    rng: dict[str, Any] | None
+
+
+@dataclass
+class _Save:
+    """What rank 0 needs to finish a save after the ranks have parted."""
+
+    step: int
+    folder: Path
+    rank_files: dict[str, Any]
+    weights: Mapping[str, Tensor]
+    write_model: Callable[[Path, Mapping[str, Tensor]], None]
+    optimizer: tuple[Any, Mapping[str, Tensor]]
+    small: dict[str, tuple[Any, Mapping[str, Tensor]]]
+    metrics: dict[str, Any]
+
+
+class CheckpointStore:
+    """The checkpoints of one run folder. Every method but `mark_best` is called by all ranks together.
+
+    Args:
+        run_dir: the run folder, already locked by this run.
+        runtime: for the ranks, the status file, and giving up in the middle of a save.
+        save_total_limit: latest checkpoints kept, the best beside them; None keeps all.
+        sync: write in the foreground, without copies in host memory.
+        on_error: "continue" turns a failed save into a warning.
+        identity: `manifests.identity_of(...)`; a resume compares it with the checkpoint's.
+        allow_change: keys of the identity that the user allows to differ.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        runtime: Runtime,
+        *,
+        save_total_limit: int | None = None,
+        sync: bool = False,
+        on_error: str = "abort",
+        identity: Mapping[str, Any],
+        allow_change: Sequence[str] = (),
+    ) -> None:
+        check_allowed(allow_change)
+        self.run_dir, self.runtime, self.ranks = run_dir, runtime, runtime.ranks
+        self.sync, self.on_error = sync, on_error
+        self.identity, self.allow_change = dict(identity), tuple(allow_change)
+        self._thread: threading.Thread | None = None
+        self._pending: int | None = None  # step of the save that is not joined yet; the same on all ranks
+        self._failure: BaseException | None = None
+        self._temp: Path | None = None
+        self.history = History(run_dir, save_total_limit)
+        self._copies = HostCopies()
+        with self.ranks.together("looking for earlier checkpoints"):
+            if self.ranks.is_main:
+                self.history.open()
+        runtime.abandon.append(self._abandon)
+
+    weights_of = staticmethod(weights_of)
+
+    def __enter__(self) -> CheckpointStore:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is None:
+            self.wait()
+        elif self._thread is not None:
+            self._thread.join()  # a save that was under way when the run failed is still a good one
+            if self._failure is not None:
+                log.warning("the save under way failed too: %s", self._failure)
+
+    # Save
+
+    def save(
+        self,
+        step: int,
+        state: EngineState,
+        *,
+        weights: Callable[[], Mapping[str, Tensor]],
+        write_model: Callable[[Path, Mapping[str, Tensor]], None],
+        metrics: Mapping[str, Any] | None = None,
+    ) -> bool:
+        """Save everything as `checkpoint-<step>/`. Returns False for a failed save under `on_error: continue`.
+
+        Args:
+            weights: called on rank 0, gives the live tensors; `weights_of(model)`.
+            write_model: writes the plain model folder from such a mapping; must not read the live weights, which move
+                on.
+            metrics: kept in the manifest, to find the best checkpoint again should `best.json` be lost.
+
+        Raises:
+            EngineError: E6 on all ranks, for this save or for the one before, which is joined first.
+        """
+        self.wait()  # under `on_error: continue` a failure was told there, and this save is a new chance
+        try:
+            live = weights() if self.ranks.is_main else {}
+            optimizer = flatten_state(state.optimizer) if self.ranks.is_main else (None, {})
+            folder = self._begin(step, [*live.values(), *optimizer[1].values()])
+            rank_files = self._write_rank_files(folder, state)
+        except EngineError as error:
+            return self._failed(error)
+        self._pending = step
+        if self.ranks.is_main:
+            # Flattened now: the live objects move on while the save is written.
+            small = {"scheduler": state.scheduler, "scaler": state.scaler}
+            small["trainer_state"] = {
+                "step": step, "position": state.position, "best": state.best, "identity": self.identity
+            }  # fmt: skip
+            flat = {name: flatten_state(value) for name, value in small.items()}
+            job = _Save(step, folder, rank_files, live, write_model, optimizer, flat, dict(metrics or {}))
+            self.history.set_best(state.best)
+            self._launch(job)
+        return self.wait() if self.sync else True
+
+    def _begin(self, step: int, tensors: Sequence[Tensor]) -> Path:
+        """Stage 1: room on the disk, and the temporary folder, whose name all ranks get."""
+        name = None
+        with self.ranks.together("starting a save"):
+            if self.ranks.is_main:
+                need = sum(tensor.numel() * tensor.element_size() for tensor in tensors) + _SLACK
+                if (free := free_bytes(self.run_dir)) < need:
+                    what = f"not enough space for a checkpoint: {need >> 20} MiB needed, {free >> 20} MiB free"
+                    raise EngineError(
+                        "E6.4",
+                        what,
+                        str(self.run_dir),
+                        "earlier checkpoints are untouched",
+                        "free some space, then --resume auto",
+                    )
+                self._temp = self.run_dir / f".tmp-checkpoint-{step}-{secrets.token_hex(4)}"
+                name = self._temp.name
+                try:
+                    (self._temp / ENGINE_STATE).mkdir(parents=True)
+                    reached("temp-made", self._temp)
+                except OSError as error:
+                    raise self._storage_error(error, self._temp) from error
+        return self.run_dir / self.ranks.broadcast(name)
+
+    def _write_rank_files(self, folder: Path, state: EngineState) -> dict[str, Any]:
+        """Stage 2: this rank's random state; returns name -> record of all ranks' files."""
+        records = {}
+        with self.ranks.together("writing rank files"):
+            try:
+                for path in write_state(folder / ENGINE_STATE, f"rng-rank{self.ranks.rank}", *flatten_state(state.rng)):
+                    records[path.relative_to(folder).as_posix()] = file_record(path)
+                    reached("file", path)
+            except Exception as error:
+                raise self._storage_error(error, folder) from error
+        told = self.ranks.exchange("hashes of a save", records)
+        return {name: record for part in told for name, record in part.items()}
+
+    def _launch(self, job: _Save) -> None:
+        if self.sync:
+            return self._finish(job)
+        try:
+            job.weights = self._copies.take("model", job.weights)
+            job.optimizer = (job.optimizer[0], self._copies.take("optimizer", job.optimizer[1]))
+        except Exception as error:
+            self._failure = error
+            return self._drop_temp()
+        self._thread = threading.Thread(target=self._finish, args=(job,), name="save")
+        self._thread.start()
+        return None
+
+    def _finish(self, job: _Save) -> None:
+        """Stages 3 to 6, on rank 0, usually in a thread; a failure waits for `wait`."""
+        path = job.folder
+        try:
+            self._write_contents(job)
+            self._commit(job)
+            path = self.run_dir
+            self._publish(job)
+        except BaseException as error:  # whatever it is, it must not die with the thread
+            self._failure = self._storage_error(error, path)
+            self._drop_temp()
+            self.history.recover()
+
+    def _write_contents(self, job: _Save) -> None:
+        state_dir = job.folder / ENGINE_STATE
+        job.write_model(job.folder, job.weights)
+        reached("model", job.folder)
+        write_state(state_dir, "optimizer", *job.optimizer)
+        for name, value in job.small.items():
+            write_state(state_dir, name, *value)
+        files = {}
+        mode = (state_dir / "trainer_state.json").stat().st_mode
+        for name in sorted(manifest.list_files(job.folder)):
+            (job.folder / name).chmod(mode)  # safetensors files come out readable by their owner alone
+            files[name] = file_record(job.folder / name)
+            reached("file", job.folder / name)
+        if lost := [name for name, record in job.rank_files.items() if files.get(name) != record]:
+            raise OSError(f"{lost[0]} did not arrive as its rank wrote it")
+        facts = {
+            "run_id": self.history.run_id,
+            "step": job.step,
+            "world_size": self.ranks.world_size,
+            "metrics": job.metrics,
+        }
+        facts |= {"identity_sha256": manifest.digest_of(self.identity), "data": self.identity.get("data")}
+        facts["tokenizer"] = self.identity.get("tokenizer")
+        for folder in {(job.folder / name).parent for name in files}:
+            fsync_file(folder)
+        reached("before-manifest", job.folder)
+        write_json_atomically(job.folder / MANIFEST, manifest.build_manifest(files, **facts))
+        reached("after-manifest", job.folder)
+
+    def _commit(self, job: _Save) -> None:
+        """Stage 5: the instant at which the checkpoint comes to be."""
+        final = self.history.path_of(job.step)
+        self.history.make_way(final)
+        reached("before-rename", job.folder)
+        job.folder.rename(final)
+        reached("after-rename", final)
+        fsync_file(self.run_dir)
+        self._temp = None
+
+    def _publish(self, job: _Save) -> None:
+        """Stage 6: pointers, then rotation."""
+        self.runtime.status.last_checkpoint = self.history.path_of(job.step).name
+        self.history.set_last(job.step)
+        reached("after-last", self.run_dir / "last.json")
+        self.history.point_at_best()
+        reached("after-best", self.run_dir / "best.json")
+        self.history.rotate()
+
+    def wait(self) -> bool:
+        """Join the save under way. True if it is complete; under `on_error: continue` False after a warning.
+
+        Raises:
+            EngineError: E6 on all ranks when the save failed.
+        """
+        if self._pending is None:
+            return True
+        step, self._pending = self._pending, None
+        try:
+            with self.ranks.together("joining a save"):
+                if self._thread is not None:
+                    self._thread.join()
+                self._thread, failure, self._failure = None, self._failure, None
+                if failure is not None:
+                    raise failure if isinstance(failure, Exception) else as_engine_error(failure)
+        except EngineError as error:
+            return self._failed(error)
+        self.runtime.status.last_checkpoint = self.history.path_of(step).name
+        return True
+
+    def _failed(self, error: EngineError) -> bool:
+        self._drop_temp()
+        if self.on_error == "continue" and error.exit_code == 6:
+            log.warning("%s; going on (checkpoint.on_save_error: continue)", error)
+            return False
+        raise error
+
+    def _storage_error(self, error: BaseException, path: Path) -> BaseException:
+        """A failed write as E6; what is no failed write stays what it is."""
+        writes = isinstance(error, OSError | RuntimeError) or type(error).__name__ == "SafetensorError"
+        if isinstance(error, EngineError) or not writes:
+            return error
+        return storage_error(error, path, "saving a checkpoint", "earlier checkpoints are untouched")
+
+    def _drop_temp(self) -> None:
+        temp, self._temp = self._temp, None
+        if temp is not None:
+            shutil.rmtree(temp, ignore_errors=True)
+
+    def _abandon(self) -> None:
+        """Drop a half-done save from another thread, while the saving one may be about to rename it."""
+        temp = self._temp
+        if temp is not None:
+            trash = temp.with_name(temp.name.replace(".tmp-", ".trash-"))
+            temp.rename(trash)  # whichever rename comes first wins; the other one finds nothing
+            shutil.rmtree(trash, ignore_errors=True)
+
+    # Pointers
+
+    def mark_best(self, step: int, metric: str, value: float) -> None:
+        """Point `best.json` at a step that is saved, or at one under way as soon as that is complete."""
+        if self.ranks.is_main:
+            self.history.set_best({"step": step, "metric": metric, "value": value})
+
+    def best_path(self) -> Path | None:
+        """Folder of the best checkpoint, if there is one. Call `wait` first."""
+        return self.history.pointed("best")
+
+    def last_path(self) -> Path | None:
+        """Folder of the latest checkpoint, if there is one. Call `wait` first."""
+        return self.history.pointed("last")
+
+    # Resume
+
+    def find_resume(self, spec: str | Path | None) -> Path | None:
+        """The checkpoint to go on from, verified to the last byte; None for a fresh start.
+
+        Args:
+            spec: "auto" takes the newest valid one and says which files of newer ones are damaged; a path takes that
+                checkpoint (or the newest one of that run folder) or refuses. None starts fresh.
+
+        Raises:
+            EngineError: E5 when the checkpoint is refused or all of them are damaged.
+        """
+        found = None
+        with self.ranks.together("choosing a checkpoint"):
+            if self.ranks.is_main and spec is not None:
+                found = self.history.choose(spec)
+        name = self.ranks.broadcast(found.name if found is not None else None)
+        return None if name is None else self.run_dir / name
+
+    def load_state(self, folder: Path) -> EngineState:
+        """State of a checkpoint that `find_resume` returned; makes it the end of this folder's history.
+
+        Newer checkpoints (all damaged, unless an older one was named on purpose) are renamed to `.bad-...` or
+        `.later-...`, and the pointers are set right.
+
+        Raises:
+            EngineError: E5.5 with a list of differences when recipe, data, tokenizer or ranks are not the checkpoint's.
+        """
+        with self.ranks.together("loading a checkpoint"), refusing(folder):
+            state = self._read_state(folder)
+        with self.ranks.together("setting the pointers"):
+            if self.ranks.is_main:
+                self.history.adopt(folder, state.best)
+        self.runtime.status.last_checkpoint = folder.name
+        return state
+
+    def _read_state(self, folder: Path) -> EngineState:
+        source = folder / ENGINE_STATE
+        trainer = read_state(source, "trainer_state")
+        for text in changes(trainer["identity"], self.identity, self.allow_change, folder):
+            log.warning("changed on resume, as allowed: %s", text)
+        parts = {name: read_state(source, name) for name in ("optimizer", "scheduler", "scaler")}
+        own = f"rng-rank{self.ranks.rank}"
+        same_ranks = trainer["identity"].get("world_size", self.ranks.world_size) == self.ranks.world_size
+        rng = read_state(source, own) if same_ranks or (source / f"{own}.json").exists() else None
+        return EngineState(position=trainer["position"], best=trainer["best"], rng=rng, **parts)
+
+
+@contextmanager
+def refusing(folder: Path) -> Iterator[None]:
+    """While a checkpoint's contents are put in place: whatever does not fit is the checkpoint's fault, E5.8."""
+    try:
+        yield
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, RuntimeError) as error:
+        text = " ".join(str(error).split())[:200]
+        raise EngineError(
+            "E5.8",
+            f"the checkpoint does not fit this run: {type(error).__name__}: {text}",
+            str(folder),
+            "nothing was changed",
+            "resume with the recipe and the versions that wrote it, or start a new run",
+        ) from error

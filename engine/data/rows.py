@@ -1,0 +1,299 @@
+"""Records to examples: which columns are read, and what makes a row unusable. All bad rows are reported at once."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import logging
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engine.data.files import NUL, SAFE, Record, Table, read_table
+from engine.data.prompts import normalise
+from engine.errors import EngineError
+
+if TYPE_CHECKING:
+    from engine.recipe.schema import Data
+
+log = logging.getLogger("engine.data")
+
+# Far beyond any dialogue: a longer cell is a file that was parsed wrongly, or hostile. Characters.
+MAX_DIALOGUE, MAX_SUMMARY, MAX_LABEL = 200_000, 20_000, 1_000
+_SHOWN_ROWS = 20
+_MISSING_WORDS = {"nan", "null", "none", "n/a", "<na>"}  # what other tools write for a missing cell
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One checked row. Texts are composed Unicode (NFC) with `\\n` line ends."""
+
+    id: str
+    dialogue: str
+    references: tuple[str, ...]  # empty where the row has none; the first one trains
+    topic: str | None
+    row: int  # 1-based data row of the file
+    file: str = field(default="", compare=False)
+
+    @property
+    def place(self) -> str:
+        """File, row and id, for messages."""
+        return f"{self.file} row {self.row} (id {shown(self.id)})".strip()
+
+
+class _BadRow(Exception):
+    """Why a row cannot be used."""
+
+
+@dataclass(frozen=True)
+class _Columns:
+    text: str
+    summaries: tuple[str, ...]  # those that the file has
+    id: str | None
+    topic: str | None
+    require_summary: bool
+
+
+def shown(text: Any, width: int = 40) -> str:
+    """A value from a file as it may stand in a message: printable and short."""
+    text = "".join(c if c.isprintable() else "?" for c in str(text))
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def read_examples(
+    path: str | Path,
+    *,
+    text_column: str,
+    summary_column: str | Sequence[str],
+    id_column: str | None,
+    topic_column: str | None,
+    encoding: str = "auto",
+    require_summary: bool,
+    limit: int | None = None,
+    on_bad_row: str = "error",
+    max_bad_rows: int = 0,
+) -> list[Example]:
+    """Read and check the rows of a file.
+
+    Args:
+        summary_column: several names give several references; the first must be there in each row that trains.
+        require_summary: rows and files without summaries are errors; otherwise their `references` are empty.
+        limit: stop after this many good rows.
+        on_bad_row: "skip" drops up to `max_bad_rows` bad rows and logs their places.
+
+    Raises:
+        EngineError: E3.1 to E3.3 and E3.8 for the file, E3.4 columns, E3.5 bad rows, E3.6 no rows.
+    """
+    names = (summary_column,) if isinstance(summary_column, str) else tuple(summary_column)
+    wanted = [name for name in (text_column, *names, id_column, topic_column) if name is not None]
+    table = read_table(path, encoding=encoding, columns=wanted)
+    if not table.records:
+        raise EngineError("E3.6", "the file has no data rows", shown(path, 200), SAFE, "check the file")
+    required = [name for name in wanted if require_summary or name not in names]
+    _check_columns(table, required, shown(path, 200))
+    summaries = tuple(name for name in names if name in table.columns)
+    columns = _Columns(text_column, summaries, id_column, topic_column, require_summary)
+    examples, bad = _check_rows(table.records, columns, shown(path, 200), limit)
+    if bad:
+        _report_bad_rows(bad, shown(path, 200), on_bad_row, max_bad_rows)
+    if not examples:
+        raise EngineError("E3.6", "no usable row is left", shown(path, 200), SAFE, "check the file")
+    return examples
+
+
+def _check_columns(table: Table, required: Sequence[str], file: str) -> None:
+    for name in required:
+        count = table.columns.count(name)
+        if count == 1 or (not table.columns and all(record.problem for record in table.records)):
+            continue
+        there = ", ".join(repr(shown(column)) for column in table.columns[:30])
+        near = difflib.get_close_matches(name.lower(), [c.lower() for c in table.columns], n=1, cutoff=0.6)
+        close = next((c for c in table.columns if near and c.lower() == near[0]), None)
+        advice = f"did you mean {shown(close)!r}? " if close and count == 0 else ""
+        if len(table.columns) == 1 and any(mark in table.columns[0] for mark in ";\t|"):
+            advice = "separate the columns by commas; "
+        what = f"column {name!r} is missing" if count == 0 else f"column {name!r} occurs {count} times"
+        raise EngineError(
+            "E3.4",
+            f"{what}; the columns are {there or 'none'}",
+            file,
+            SAFE,
+            f"{advice}the names are set by data.text_column, summary_column, id_column (null: number the rows), topic_column",
+        )
+
+
+def _check_rows(
+    records: Iterable[Record], columns: _Columns, file: str, limit: int | None
+) -> tuple[list[Example], list[str]]:
+    """Examples, and one line about each bad row before the limit was reached."""
+    examples: list[Example] = []
+    bad: list[str] = []
+    rows_of_ids: dict[str, int] = {}
+    for record in records:
+        if limit is not None and len(examples) >= limit:
+            break
+        try:
+            example = _example(record, columns, file)
+            if example.id in rows_of_ids:
+                raise _BadRow(f"its id is also that of row {rows_of_ids[example.id]}")
+        except _BadRow as problem:
+            bad.append(f"{_place(record, columns.id)}: {problem}")
+            continue
+        rows_of_ids[example.id] = example.row
+        examples.append(example)
+    return examples, bad
+
+
+def _place(record: Record, id_column: str | None) -> str:
+    marks = [] if record.line is None else [f"line {record.line}"]
+    name = record.values.get(id_column) if id_column else None
+    marks += [f"id {shown(name)}"] if isinstance(name, str | int) and str(name).strip() else []
+    return f"row {record.row}" + (f" ({', '.join(marks)})" if marks else "")
+
+
+def _report_bad_rows(bad: list[str], file: str, on_bad_row: str, max_bad_rows: int) -> None:
+    count = "1 bad row" if len(bad) == 1 else f"{len(bad)} bad rows"
+    if on_bad_row == "skip" and len(bad) <= max_bad_rows:
+        log.warning("%s: dropped %s: %s", file, count, "; ".join(bad))
+        return
+    more = f"; and {len(bad) - _SHOWN_ROWS} more" if len(bad) > _SHOWN_ROWS else ""
+    allowed = f", and data.max_bad_rows is {max_bad_rows}" if on_bad_row == "skip" else ""
+    raise EngineError(
+        "E3.5",
+        f"{count}{allowed}: {'; '.join(bad[:_SHOWN_ROWS])}{more}",
+        file,
+        SAFE,
+        "correct them, or drop them with data.on_bad_row=skip and data.max_bad_rows",
+    )
+
+
+# One row
+
+
+def _example(record: Record, columns: _Columns, file: str) -> Example:
+    if record.problem:
+        raise _BadRow(record.problem)
+    values = record.values
+    dialogue = _text(values, columns.text, MAX_DIALOGUE)
+    references = []
+    for position, name in enumerate(columns.summaries):
+        if (columns.require_summary and position == 0) or not _is_missing(values.get(name)):
+            references.append(_text(values, name, MAX_SUMMARY).strip())
+    topic = values.get(columns.topic) if columns.topic else None
+    return Example(
+        id=str(record.row) if columns.id is None else _id(values, columns.id),
+        dialogue=dialogue,
+        references=tuple(references),
+        topic=None if _is_missing(topic) else _text(values, columns.topic, MAX_LABEL).strip(),
+        row=record.row,
+        file=file,
+    )
+
+
+def _is_missing(value: Any) -> bool:
+    """None, NaN, nothing visible, or the word that stands for a missing cell."""
+    if isinstance(value, str):
+        return _is_blank(value) or value.strip().lower() in _MISSING_WORDS
+    return value is None or value != value
+
+
+def _is_blank(text: str) -> bool:
+    """Nothing visible: only white space, control and format characters (zero-width space, byte order mark)."""
+    return not text.strip() or all(c.isspace() or unicodedata.category(c) in ("Cc", "Cf") for c in text)
+
+
+def _text(values: dict[str, Any], name: str, limit: int) -> str:
+    value = values.get(name)
+    if value is None or (isinstance(value, float) and value != value):
+        raise _BadRow(f"{name!r} is missing")
+    if not isinstance(value, str):
+        raise _BadRow(f"{name!r} is not text but {type(value).__name__}")
+    if len(value) > limit:
+        raise _BadRow(f"{name!r} has {len(value):,} characters, more than {limit:,}")
+    if "\x00" in value or NUL in value:
+        raise _BadRow(f"{name!r} holds a NUL character")
+    _check_encodable(value, name)
+    if _is_blank(value):
+        raise _BadRow(f"{name!r} is empty")
+    if _is_missing(value):
+        raise _BadRow(f"{name!r} holds only {value.strip()!r}")
+    return normalise(value)
+
+
+def _check_encodable(value: str, name: str) -> None:
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        code = ord(value[error.start])
+        if 0xDC80 <= code <= 0xDCFF:  # a byte that the decoder let through
+            raise _BadRow(f"{name!r} holds byte 0x{code - 0xDC00:02x}, which is not UTF-8") from None
+        raise _BadRow(f"{name!r} holds half of a character (surrogate U+{code:04X})") from None
+
+
+def _id(values: dict[str, Any], name: str) -> str:
+    value = values.get(name)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return _text(values, name, MAX_LABEL)
+
+
+# Between files
+
+
+def read_split(settings: Data, path: str, *, require_summary: bool, limit: int | None = None) -> list[Example]:
+    """`read_examples` with the columns and the rules of a recipe's `data` section."""
+    return read_examples(
+        path,
+        text_column=settings.text_column,
+        summary_column=settings.summary_column,
+        id_column=settings.id_column,
+        topic_column=settings.topic_column,
+        encoding=settings.encoding,
+        require_summary=require_summary,
+        limit=limit,
+        on_bad_row=settings.on_bad_row,
+        max_bad_rows=settings.max_bad_rows,
+    )
+
+
+def check_splits(train: Sequence[Example], validation: Sequence[Example], *, allow_overlap: bool) -> None:
+    """Refuse validation dialogues that are also training dialogues: scores on them say nothing about new dialogues.
+
+    Raises:
+        EngineError: E3.7 naming the first of them.
+    """
+    known = {_dialogue_key(example): example for example in train}
+    twice = [(example, known[key]) for example in validation if (key := _dialogue_key(example)) in known]
+    if not twice:
+        return
+    if allow_overlap:
+        log.warning("%d validation dialogues are also training dialogues; their scores are too good", len(twice))
+        return
+    pairs = "; ".join(
+        f"row {new.row} (id {shown(new.id)}) = row {old.row} (id {shown(old.id)}) of {old.file}"
+        for new, old in twice[:_SHOWN_ROWS]
+    )
+    more = f"; and {len(twice) - _SHOWN_ROWS} more" if len(twice) > _SHOWN_ROWS else ""
+    raise EngineError(
+        "E3.7",
+        f"{len(twice)} of {len(validation)} validation dialogues are also training dialogues: {pairs}{more}",
+        validation[0].file,
+        SAFE,
+        "take them out of one file, or set data.allow_overlap=true",
+    )
+
+
+def _dialogue_key(example: Example) -> str:
+    return " ".join(example.dialogue.split())
+
+
+def fingerprint(examples: Iterable[Example]) -> str:
+    """sha256 of ids, texts and topics in order; names of files and positions in them do not count."""
+    digest = hashlib.sha256()
+    for example in examples:
+        values = [example.id, example.dialogue, example.references, example.topic]
+        digest.update(json.dumps(values, ensure_ascii=False).encode("utf-8") + b"\n")
+    return digest.hexdigest()

@@ -1,0 +1,170 @@
+"""Configurations of models: read, laid over by the recipe, held against it, and brought in line with the tokenizer."""
+
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from engine.errors import EngineError
+from engine.models.hub import NOTHING_LOADED, first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerFast
+
+    from engine.recipe.schema import Model, Recipe
+
+log = logging.getLogger("engine.models")
+_T5_FAMILY = {"t5", "mt5", "umt5", "longt5"}
+# Modules with a row of their own for each position: Bart's and its relatives', GPT-2's, and older models'.
+_POSITION_TABLES = {"embed_positions", "wpe", "position_embeddings"}
+# Probabilities for hidden states, attention and activations under every family's names; classifier heads are left out.
+_DROPOUTS = (
+    "dropout",
+    "attention_dropout",
+    "activation_dropout",
+    "dropout_rate",
+    "hidden_dropout",
+    "resid_pdrop",
+    "embd_pdrop",
+    "attn_pdrop",
+)
+
+
+def load_config(settings: Model, folder: Path | None) -> PreTrainedConfig:
+    """The model's configuration with the recipe's values laid over it.
+
+    Raises:
+        EngineError: E4.9 for a type or value that transformers does not take.
+    """
+    from transformers import AutoConfig
+
+    overlay = dict(settings.config or {})
+    where = str(folder) if folder else "model.config"
+    try:
+        if folder is None:
+            config = AutoConfig.for_model(overlay.pop("model_type"), **overlay)
+        else:
+            config = AutoConfig.from_pretrained(
+                folder, trust_remote_code=settings.trust_remote_code, local_files_only=True, **overlay
+            )
+    except Exception as error:  # transformers raises many types on a bad configuration
+        what = f"model configuration refused: {first_line(error)}"
+        raise EngineError("E4.9", what, where, NOTHING_LOADED, "check model.config and the model type") from error
+    unknown = [key for key in overlay if not hasattr(config, key)]
+    if unknown:
+        raise EngineError(
+            "E2.47", f"model.config has no key {', '.join(unknown)}", where, NOTHING_LOADED, "check the spelling"
+        )
+    if settings.dropout is not None:
+        for name in _DROPOUTS:
+            if isinstance(getattr(config, name, None), int | float):
+                setattr(config, name, settings.dropout)
+    return config
+
+
+def family(wanted: str, config: PreTrainedConfig) -> str:
+    family = "seq2seq" if config.is_encoder_decoder else "causal"
+    if wanted not in ("auto", family):
+        raise EngineError(
+            "E2.48",
+            f"model.family={wanted}, but a {config.model_type} model is {family}",
+            "model.family",
+            NOTHING_LOADED,
+            "set model.family=auto",
+        )
+    return family
+
+
+def check_combination(recipe: Recipe, config: PreTrainedConfig, precision: str) -> None:
+    if config.model_type in _T5_FAMILY and precision == "fp16":
+        raise EngineError(
+            "E2.53",
+            "T5 overflows in fp16: its activations exceed 65,504",
+            "training.precision=fp16",
+            NOTHING_LOADED,
+            "set training.precision=bf16 or fp32",
+        )
+    if recipe.quantization.load_in_4bit and recipe.model.init == "random":
+        raise EngineError(
+            "E2.49",
+            "a model with random weights is not quantised: there is nothing to keep",
+            "quantization.load_in_4bit",
+            NOTHING_LOADED,
+            "train the base first and name its final_model folder in model.name_or_path",
+        )
+
+
+def most_tokens(model: nn.Module, family: str) -> tuple[float, float]:
+    """Most tokens that fit on the source and on the target side; a causal LM has both in the same places.
+
+    Learned and tabulated positions end with their table: a token beyond it is an IndexError, on a GPU a failed assertion.
+    Rotary and relative positions have no such end (infinity).
+    """
+    tables = {
+        name: module.num_embeddings - getattr(module, "offset", 0)  # Bart's table begins with two unused rows
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in _POSITION_TABLES
+    }
+    if family == "causal":
+        shared = min(tables.values(), default=math.inf)
+        return shared, shared
+    sides = [[rows for name, rows in tables.items() if f"{side}." in name] for side in ("encoder", "decoder")]
+    return min(sides[0], default=math.inf), min(sides[1], default=math.inf)
+
+
+def fit_lengths(lengths: dict[str, int], model: nn.Module, family: str) -> dict[str, int]:
+    """`lengths` (max_source_length, max_target_length) cut to what the model has room for, with a warning for each cut."""
+    source, target = most_tokens(model, family)
+    if family == "causal" and sum(lengths.values()) > source:
+        target = min(lengths["max_target_length"], source // 2)
+        source -= target
+    room = {"max_source_length": source, "max_target_length": target}
+    return {name: within(room[name], f"data.{name}", length) for name, length in lengths.items()}
+
+
+def within(room: float, name: str, asked: int) -> int:
+    """`asked`, or `room` with a warning where that is less."""
+    if asked <= room:
+        return asked
+    log.warning("%s is %d, the model has room for %d: longer texts are cut there", name, asked, room)
+    return int(room)
+
+
+def align_config(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast, family: str, settings: Model) -> None:
+    """Token ids of the configuration follow the tokenizer; the decoder's start token stays the model's own."""
+    given = settings.config or {}
+    fresh = settings.init == "random"
+    config.pad_token_id = tokenizer.pad_token_id
+    if fresh or config.eos_token_id is None:
+        config.eos_token_id = tokenizer.eos_token_id
+    if (fresh or config.bos_token_id is None) and tokenizer.bos_token_id is not None:
+        config.bos_token_id = tokenizer.bos_token_id
+    if family == "causal":
+        return
+    own_tokenizer_trained = fresh and "decoder_start_token_id" not in given and settings.name_or_path is None
+    if own_tokenizer_trained or config.decoder_start_token_id is None:
+        start = tokenizer.pad_token_id if config.model_type in _T5_FAMILY else tokenizer.eos_token_id
+        config.decoder_start_token_id = start
+    if fresh and settings.name_or_path is None and "forced_eos_token_id" not in given:
+        _forget_forced_end(config)
+
+
+def _forget_forced_end(config: PreTrainedConfig) -> None:
+    """BART's default configuration forces token 2 at the length limit; in a new vocabulary that is another token."""
+    if getattr(config, "forced_eos_token_id", None) is not None:
+        config.forced_eos_token_id = None
+
+
+def align_generation_config(model: nn.Module, tokenizer: PreTrainedTokenizerFast, family: str) -> None:
+    generation = model.generation_config
+    generation.pad_token_id = tokenizer.pad_token_id
+    ends = generation.eos_token_id
+    ends = [] if ends is None else list(ends) if isinstance(ends, list | tuple) else [ends]
+    if tokenizer.eos_token_id not in ends:
+        generation.eos_token_id = [*ends, tokenizer.eos_token_id] if ends else tokenizer.eos_token_id
+    if family == "seq2seq":
+        generation.decoder_start_token_id = model.config.decoder_start_token_id

@@ -1,0 +1,378 @@
+"""How much memory a run needs, from its recipe and the model's configuration alone: nothing is loaded or computed.
+
+Weights, gradients and optimizer states are counted exactly on a model without data. Activations are counted by running
+the forward pass of a shallow copy on tensors that have shapes but no contents, and scaling up by the number of layers.
+B examples, S source tokens, T target tokens, N supervised positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import os
+import resource
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from engine.models import adapters, build, configuration, hub, tokenization, weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from engine.recipe.schema import Quantization, Recipe
+
+log = logging.getLogger("engine.memory")
+
+_LAYER_KEYS = {  # of a configuration: how deep the model is, one key per stack of layers
+    "t5": ("num_layers", "num_decoder_layers"),
+    "mt5": ("num_layers", "num_decoder_layers"),
+    "umt5": ("num_layers", "num_decoder_layers"),
+    "bart": ("encoder_layers", "decoder_layers"),
+    "mbart": ("encoder_layers", "decoder_layers"),
+    "pegasus": ("encoder_layers", "decoder_layers"),
+}
+_QUANT_BLOCK, _SCALE_BLOCK = 64, 256  # bitsandbytes: weights per scale, scales per scale of scales
+_OPTIMIZER_BLOCK, _OPTIMIZER_MIN = 256, 4096  # bitsandbytes: 8-bit states of a block; smaller tensors keep 32 bits
+_PARTS = (
+    ("weights", "weights"),
+    ("gradients", "gradients of the trainable weights"),
+    ("gradient_buckets", "buckets of DistributedDataParallel"),
+    ("optimizer", "optimizer state"),
+    ("activations", "activations kept for the backward pass"),
+    ("logits", "logits and their gradients at supervised positions"),
+    ("workspace", "one layer's weights out of 4 bits"),
+    ("kv_cache", "key/value cache of an evaluation"),
+)
+
+
+def estimate(
+    recipe: Recipe, *, precision: str | None = None, device: torch.device | None = None, world_size: int = 1
+) -> dict[str, Any]:
+    """Bytes on one device, for the longest rows that the recipe lets through.
+
+    Returns:
+        Bytes by part (`weights`, `gradients`, `optimizer`, `activations`, `logits`, `kv_cache`, ...), `training_peak`,
+        `evaluation_peak` and `peak`; `parameters`, `trainable_parameters` and the `shape` they hold for.
+
+    Raises:
+        EngineError: where the model's configuration cannot be had.
+    """
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if precision is None:
+        wanted = recipe.training.precision
+        precision = build.default_precision(device) if wanted == "auto" else wanted
+    config, new_tokens = _config(recipe)
+    model = _hollow_model(config, recipe, precision, new_tokens)
+    shape = _shape(recipe, config)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    count = sum(p.numel() for p in trainable)
+    parts = {
+        "weights": _weight_bytes(model, recipe.quantization),
+        "gradients": 4 * count,
+        "gradient_buckets": 4 * count if world_size > 1 else 0,
+        "optimizer": _optimizer_bytes(trainable, recipe.training.optim),
+        "activations": _activations(config, recipe, precision, new_tokens, shape),
+        "logits": _logit_bytes(model, shape, precision),
+        "workspace": _workspace(model, recipe.quantization),
+        "kv_cache": _cache_bytes(config, shape, precision),
+    }
+    resident = parts["weights"] + parts["optimizer"]
+    step = sum(parts[name] for name in ("gradients", "gradient_buckets", "activations", "logits", "workspace"))
+    peaks = {"training_peak": resident + step, "evaluation_peak": resident + parts["workspace"] + parts["kv_cache"]}
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "trainable_parameters": count,
+        "precision": precision,
+        "shape": shape,
+        **parts,
+        **peaks,
+        "peak": max(peaks.values()),
+    }
+
+
+def table(estimate: dict[str, Any], device: torch.device) -> str:
+    """The estimate in lines for people, with a warning where it exceeds the device."""
+    shape = estimate["shape"]
+    lines = [
+        f"memory estimate for one device, {estimate['precision']}, {shape['examples']} x {shape['source']} source and "
+        f"{shape['target']} target tokens:"
+    ]
+    lines += [f"  {_size(estimate[key])}  {label}" for key, label in _PARTS if estimate[key]]
+    lines.append(f"  {_size(estimate['peak'])}  at the peak, of {_size(device_bytes(device)).strip()} on {device}")
+    if exceeds(estimate, device):
+        lines.append(
+            "  warning: this will probably not fit; lower per_device_train_batch_size (and raise "
+            "gradient_accumulation_steps), or set gradient_checkpointing or quantization.load_in_4bit"
+        )
+    return "\n".join(lines)
+
+
+def exceeds(estimate: dict[str, Any], device: torch.device) -> bool:
+    return estimate["peak"] > device_bytes(device)
+
+
+def device_bytes(device: torch.device) -> int:
+    """All memory of the device: of the GPU, or of this machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def measured_peak(device: torch.device) -> float:
+    """GiB that this process has held at most: of the GPU where it uses one, else of resident memory.
+
+    `getrusage` answers for the parent of a forked process as well, so Linux's own count of this process is asked first.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    status = Path("/proc/self/status")
+    lines = status.read_text(encoding="utf-8").splitlines() if status.exists() else []
+    fallback = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return next((int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), fallback) / 2**20
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:8.2f} GiB" if count >= 2**29 else f"{count / 2**20:8.1f} MiB"
+
+
+# The model without its contents
+
+
+def _config(recipe: Recipe) -> tuple[PreTrainedConfig, int]:
+    """The configuration with the vocabulary that training will have, and the number of rows new to the model."""
+    settings, added = recipe.model, recipe.tokenizer.added_tokens
+    folder = None
+    if settings.name_or_path is not None:
+        folder = hub.resolve(settings.name_or_path, revision=settings.revision, weights=False)
+        if hub.is_adapter(folder):
+            name, revision = hub.base_of_adapter(folder)
+            folder = hub.resolve(name, revision=revision, weights=False)
+    config = configuration.load_config(settings, folder)
+    if settings.init == "random":
+        if recipe.tokenizer.name_or_path is None and folder is None:
+            config.vocab_size = recipe.tokenizer.train_vocab_size or tokenization.DEFAULT_VOCABULARY
+        return config, 0
+    new = _new_tokens(recipe.tokenizer.name_or_path, folder, added)
+    if new and folder is not None:
+        config.vocab_size = max(config.vocab_size, _vocabulary(recipe.tokenizer.name_or_path, folder) + new)
+    return config, new
+
+
+def _tokenizer_folder(name: str | None, folder: Path) -> Path:
+    return hub.resolve(name, weights=False) if name is not None else folder
+
+
+def _new_tokens(name: str | None, folder: Path | None, added: list[str]) -> int:
+    if folder is None or not tokenization.has_tokenizer(where := _tokenizer_folder(name, folder)):
+        return len(added)
+    known = tokenization.load_tokenizer(where).get_vocab()
+    return sum(token not in known for token in added)
+
+
+def _vocabulary(name: str | None, folder: Path) -> int:
+    where = _tokenizer_folder(name, folder)
+    return len(tokenization.load_tokenizer(where)) if tokenization.has_tokenizer(where) else 0
+
+
+def _hollow_model(config: PreTrainedConfig, recipe: Recipe, precision: str, new_tokens: int) -> nn.Module:
+    """The model as training has it, on the meta device: adapters, types and what is trainable are real."""
+    lora = adapters.enabled(recipe)
+    dtype = adapters.DTYPES[precision] if lora else torch.float32
+    with torch.device("meta"):
+        model = weights.auto_class(config).from_config(copy.deepcopy(config), dtype=torch.float32)
+        model = weights.cast(model, dtype)
+        if lora:
+            rows = range(config.vocab_size - new_tokens, config.vocab_size)
+            model = adapters.attach(model, recipe.lora, new_token_ids=list(rows), base_name="estimate", revision=None)
+    return model.train()
+
+
+def _shape(recipe: Recipe, config: PreTrainedConfig) -> dict[str, int]:
+    """The longest batches of the recipe: what training and evaluation must hold at once."""
+    generation, data = recipe.generation, recipe.data
+    return {
+        "examples": recipe.training.per_device_train_batch_size,
+        "source": data.max_source_length,
+        "target": data.max_target_length,
+        "decoded_examples": recipe.evaluation.per_device_eval_batch_size if recipe.evaluation.generate else 0,
+        "beams": generation.num_beams,
+        "new_tokens": generation.max_new_tokens or data.max_target_length,
+    }
+
+
+# Exact parts
+
+
+def _quantised(model: nn.Module) -> list[nn.Linear]:
+    """Linears that bitsandbytes would hold in 4 bits: all of the base but the output head."""
+    head = model.get_output_embeddings()
+    own = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return [module for name, module in own if module is not head and "lora_" not in name and "lm_head" not in name]
+
+
+def _weight_bytes(model: nn.Module, settings: Quantization) -> int:
+    total = sum(p.numel() * p.element_size() for p in model.parameters())
+    total += sum(b.numel() * b.element_size() for b in model.buffers())
+    if settings.load_in_4bit:
+        for linear in _quantised(model):
+            weight = linear.weight
+            total += four_bit_bytes(weight.numel(), settings.bnb_4bit_use_double_quant)
+            total -= weight.numel() * weight.element_size()
+    return total
+
+
+def four_bit_bytes(count: int, double_quant: bool) -> int:
+    """Bytes of one 4-bit matrix of `count` weights with its scales and code tables."""
+    scales = math.ceil(count / _QUANT_BLOCK)
+    tables = 16 * 4
+    if not double_quant:
+        return count // 2 + 4 * scales + tables
+    return count // 2 + scales + 4 * math.ceil(scales / _SCALE_BLOCK) + tables + 256 * 4 + 4
+
+
+def _optimizer_bytes(trainable: list[nn.Parameter], optim: str) -> int:
+    """Two moments per weight: 32 bits each, or 8 bits with a scale per block."""
+    if not optim.endswith("8bit"):
+        return sum(8 * p.numel() for p in trainable)
+    small = sum(8 * p.numel() for p in trainable if p.numel() < _OPTIMIZER_MIN)
+    large = [p.numel() for p in trainable if p.numel() >= _OPTIMIZER_MIN]
+    return small + sum(2 * n + 8 * math.ceil(n / _OPTIMIZER_BLOCK) for n in large)
+
+
+# Parts that depend on the batch
+
+
+def _logit_bytes(model: nn.Module, shape: dict[str, int], precision: str) -> int:
+    """Of N x V numbers: log-probabilities and two gradients in float32, and the logits and theirs in the compute type."""
+    rows = model.get_output_embeddings().weight.shape[0]
+    positions = shape["examples"] * shape["target"]
+    return positions * rows * (12 if precision == "fp32" else 14)
+
+
+def _workspace(model: nn.Module, settings: Quantization) -> int:
+    if not settings.load_in_4bit:
+        return 0
+    return max(linear.weight.numel() * linear.weight.element_size() for linear in _quantised(model))
+
+
+def _cache_bytes(config: PreTrainedConfig, shape: dict[str, int], precision: str) -> int:
+    """Our beam search keeps one prompt per example and one new token per beam and step."""
+    width = 2 if precision != "fp32" else 4
+    heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", 1)
+    size = getattr(config, "head_dim", None) or getattr(config, "d_kv", None)
+    hidden = heads * (size or config.hidden_size // config.num_attention_heads)
+    layers = getattr(config, _layer_keys(config)[-1])
+    slots = shape["source"] + shape["beams"] * shape["new_tokens"]
+    return 2 * layers * shape["decoded_examples"] * slots * hidden * width
+
+
+def _layer_keys(config: PreTrainedConfig) -> tuple[str, ...]:
+    return _LAYER_KEYS.get(config.model_type, ("num_hidden_layers",))
+
+
+def _activations(
+    config: PreTrainedConfig, recipe: Recipe, precision: str, new_tokens: int, shape: dict[str, int]
+) -> int:
+    """Bytes that autograd keeps for the backward pass; with checkpointing, layer inputs and one layer's activations."""
+    keys = _layer_keys(config)
+    depths = [getattr(config, key) for key in keys]
+    attention = recipe.model.attn_implementation
+
+    def kept(*layers: int) -> int:
+        shallow = copy.deepcopy(config)
+        for key, count in zip(keys, layers, strict=True):
+            setattr(shallow, key, count)
+        if getattr(shallow, "layer_types", None):  # one entry per layer
+            shallow.layer_types = shallow.layer_types[: layers[-1]]
+        if attention is not None and attention != "flash_attention_2":
+            shallow._attn_implementation = attention
+        return saved_bytes(_hollow_model(shallow, recipe, precision, new_tokens), shape, precision)
+
+    least = [1] * len(keys)
+    outside = base = kept(*least)
+    layers = []
+    for position in range(len(keys)):
+        layers.append(kept(*(2 if at == position else 1 for at in range(len(keys)))) - base)
+        outside -= layers[-1]
+    if not recipe.training.gradient_checkpointing:
+        return outside + sum(cost * depth for cost, depth in zip(layers, depths, strict=True))
+    width = 2 if precision != "fp32" else 4
+    tokens = [shape["source"], shape["target"]] if config.is_encoder_decoder else [shape["source"] + shape["target"]]
+    inputs = sum(
+        depth * shape["examples"] * length * config.hidden_size * width
+        for depth, length in zip(depths, tokens, strict=True)
+    )
+    return outside + inputs + max(layers)
+
+
+def saved_bytes(model: nn.Module, shape: dict[str, int], precision: str) -> int:
+    """Bytes of all tensors that one forward pass saves for its backward pass, without weights and logits.
+
+    Runs on tensors without contents, so it costs neither memory nor arithmetic.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        _give_shapes(model)
+        for module in model.modules():
+            if hasattr(module, "layerdrop"):
+                module.training = False  # whether to drop a layer is drawn, and these tensors have no values
+        inputs = _inputs(model, shape)
+        positions = shape["examples"] * shape["target"]
+        handle = model.get_output_embeddings().register_forward_pre_hook(
+            lambda _, arguments: (arguments[0].reshape(-1, arguments[0].shape[-1])[:positions],)
+        )
+        known = {p.untyped_storage()._cdata for p in model.parameters()}
+        kept = SavedTensors(known)
+        with kept, torch.autocast("cpu", dtype=adapters.DTYPES[precision], enabled=precision != "fp32"):
+            model(**inputs, use_cache=False)
+        handle.remove()
+    return kept.total
+
+
+def _give_shapes(model: nn.Module) -> None:
+    """Move meta weights into the current FakeTensorMode, where they act as tensors of a real device."""
+    moved: dict[int, Any] = {}
+    for module in model.modules():
+        for store in (module._parameters, module._buffers):
+            for name, tensor in store.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in moved:
+                    empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+                    is_weight = isinstance(tensor, nn.Parameter)
+                    moved[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_weight else empty
+                store[name] = moved[id(tensor)]
+
+
+def _inputs(model: nn.Module, shape: dict[str, int]) -> dict[str, Tensor]:
+    examples, source, target = shape["examples"], shape["source"], shape["target"]
+    if not model.config.is_encoder_decoder:
+        source += target
+    inputs = {name: torch.ones(examples, source, dtype=torch.int64) for name in ("input_ids", "attention_mask")}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = torch.ones(examples, target, dtype=torch.int64)
+    return inputs
+
+
+class SavedTensors(torch.autograd.graph.saved_tensors_hooks):
+    """Context that adds up what autograd saves. Views of one storage count once; storages in `ignored` not at all."""
+
+    def __init__(self, ignored: set[int]) -> None:
+        self._storages: dict[int, Any] = {}
+        self._ignored = ignored
+        super().__init__(self._keep, lambda tensor: tensor)
+
+    def _keep(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._ignored:
+            self._storages[storage._cdata] = storage  # held, so that no other storage takes its address
+        return tensor
+
+    @property
+    def total(self) -> int:
+        return sum(storage.nbytes() for storage in self._storages.values())

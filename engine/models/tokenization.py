@@ -1,0 +1,432 @@
+"""Tokenizers: load one or train one, keep placeholder tokens whole, and give back the text that went in.
+
+What the rest relies on, checked here at start-up: there is an end token and a pad token; an added token is one id, not
+a special one; and `decode(encode(text)) == text` around added tokens, `#Person1#는` and not `#Person1# 는`.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import io
+import json
+import logging
+import tempfile
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engine.errors import EngineError
+from engine.models import hub
+from engine.models.hub import NOTHING_LOADED
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from engine.recipe.schema import Recipe
+
+log = logging.getLogger("engine.models")
+
+# Special tokens of tokenizers trained here; pad, unk, bos, eos take ids 0 to 3.
+SPECIAL_TOKENS = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+DEFAULT_VOCABULARY = 8000
+_BYTES = 256  # byte pieces that stand in for characters outside the vocabulary
+_MAX_TRAINING_SENTENCES = 2_000_000
+
+
+def for_recipe(recipe: Recipe, model_folder: Path | None, family: str) -> PreTrainedTokenizerFast:
+    """The recipe's tokenizer, or the model's, or one trained on the training file for a random model."""
+    settings = recipe.tokenizer
+    trusted = recipe.model.trust_remote_code
+    if settings.name_or_path is not None:
+        return load_tokenizer(hub.resolve(settings.name_or_path, weights=False))
+    if model_folder is not None and has_tokenizer(model_folder) and not settings.train_vocab_size:
+        return load_tokenizer(model_folder, trust_remote_code=trusted)
+    if recipe.model.init != "random":
+        if settings.train_vocab_size:
+            raise EngineError(
+                "E2.50",
+                "a pretrained model keeps its own tokenizer",
+                "tokenizer.train_vocab_size",
+                NOTHING_LOADED,
+                "drop it, or set model.init=random",
+            )
+        return load_tokenizer(model_folder, trust_remote_code=trusted)
+    return train_tokenizer(
+        _training_texts(recipe),
+        vocabulary_size=settings.train_vocab_size,
+        kind=settings.train_model_type,
+        added_tokens=settings.added_tokens,
+        causal=family == "causal",
+    )
+
+
+def has_tokenizer(folder: Path) -> bool:
+    return any(
+        (folder / name).is_file()
+        for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+    )
+
+
+def _training_texts(recipe: Recipe) -> Iterator[str]:
+    from engine.data.rows import read_split
+
+    settings = recipe.data
+    if settings.train_file is None:
+        raise EngineError(
+            "E2.51",
+            "no tokenizer is given and there is no training file to train one on",
+            "tokenizer.name_or_path",
+            "nothing was started",
+            "set data.train_file or tokenizer.name_or_path",
+        )
+    examples = read_split(settings, settings.train_file, require_summary=True)
+    for example in examples:
+        yield example.dialogue
+        yield example.references[0]
+
+
+def spellings_of_new_tokens(tokenizer: PreTrainedTokenizerFast, added_tokens: Sequence[str]) -> dict[str, list[int]]:
+    """Each token that is missing from the vocabulary -> ids of the pieces it has been spelled with until now."""
+    known = tokenizer.get_vocab()
+    return {token: tokenizer.encode(token, add_special_tokens=False) for token in added_tokens if token not in known}
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerFast:
+    """The tokenizer of a model folder.
+
+    `tokenizer.json` is taken as it stands: transformers' tokenizer classes rebuild parts of it from fixed rules, which
+    turns some Korean tokenizers (byte-level BPE under a T5 class) into other ones.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    try:
+        if (folder / "tokenizer.json").is_file() and not trust_remote_code:
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=trust_remote_code, local_files_only=True
+            )
+    except Exception as error:  # transformers and tokenizers raise many unrelated types on a bad file
+        raise EngineError(
+            "E4.12", f"no usable tokenizer: {error}", str(folder), "nothing was loaded", "set tokenizer.name_or_path"
+        ) from error
+    tokenizer.clean_up_tokenization_spaces = False  # it would turn " ." into "." in decoded Korean text as well
+    return tokenizer
+
+
+def prepare(
+    tokenizer: PreTrainedTokenizerFast, added_tokens: Sequence[str], *, name: str, model_type: str | None = None
+) -> PreTrainedTokenizerFast:
+    """Give the tokenizer a pad token and the added tokens, and make sure that both do what training relies on.
+
+    Args:
+        name: what error messages call the tokenizer.
+        model_type: of the config that will lie beside the tokenizer; it decides which class AutoTokenizer picks.
+
+    Raises:
+        EngineError: E4.6 without an end token, E4.7 where text around added tokens does not survive.
+    """
+    ensure_end_and_pad(tokenizer, name)
+    add_tokens(tokenizer, added_tokens)
+    if any(token in tokenizer.get_added_vocab() for token in added_tokens):
+        tokenizer = _keep_spacing_around_added_tokens(tokenizer)
+    check_round_trip(tokenizer, added_tokens, name)
+    return _as_reloadable(tokenizer, added_tokens, name, model_type)
+
+
+def ensure_end_and_pad(tokenizer: PreTrainedTokenizerFast, name: str) -> None:
+    """An end token is needed; for a missing pad token the unknown or the end token stands in."""
+    if tokenizer.eos_token_id is None:
+        raise EngineError(
+            "E4.6",
+            "the tokenizer has no end token, so a model could never learn to stop",
+            name,
+            "nothing was started",
+            "choose another tokenizer, or add eos_token to its tokenizer_config.json",
+        )
+    if tokenizer.pad_token_id is None:
+        unknown = tokenizer.unk_token_id is not None and tokenizer.unk_token_id != tokenizer.eos_token_id
+        tokenizer.pad_token = tokenizer.unk_token if unknown else tokenizer.eos_token
+        log.info("tokenizer %s has no pad token; using %r", name, tokenizer.pad_token)
+
+
+def add_tokens(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[str]) -> int:
+    """Add the tokens that are not yet a single id, as ordinary tokens: special ones would vanish from summaries.
+
+    Returns:
+        How many were new.
+    """
+    from transformers import AddedToken
+
+    known = tokenizer.get_vocab()
+    missing = [AddedToken(token, normalized=False, special=False) for token in tokens if token not in known]
+    # Tokens of the vocabulary itself are registered too: before, they were found only where the merges led there.
+    present = [AddedToken(token, normalized=False, special=False) for token in tokens if token in known]
+    tokenizer.add_tokens([token for token in present if token.content not in tokenizer.added_tokens_encoder])
+    return tokenizer.add_tokens(missing)
+
+
+def _keep_spacing_around_added_tokens(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """Word-start marks only at the start of the text, so that no space appears behind an added token.
+
+    SentencePiece-style tokenizers put a mark before every stretch of text; an added token splits the text, and the
+    particle behind it would come back as a new word.
+    """
+    backend = tokenizer.backend_tokenizer
+    state = json.loads(backend.to_str())
+    changed = _prepend_only_first(state)
+    if not changed:
+        return tokenizer
+    from tokenizers import Tokenizer
+
+    return _as_plain_class(tokenizer, Tokenizer.from_str(json.dumps(state)))
+
+
+def _prepend_only_first(state: dict[str, Any]) -> bool:
+    """Edit a serialised tokenizer in place; True where something had to change."""
+    before = json.dumps([state["pre_tokenizer"], state["decoder"], state["normalizer"]])
+    for part in ("pre_tokenizer", "decoder"):
+        for step in _steps(state[part]):
+            if step["type"] == "Metaspace" and step.get("prepend_scheme") == "always":
+                step["prepend_scheme"] = "first"
+    steps = _steps(state["pre_tokenizer"])
+    kinds = [step["type"] for step in steps]
+    if "Metaspace" in kinds and "WhitespaceSplit" in kinds:
+        # Splitting at white space drops it, and the marks of later words with it; fold it to single spaces instead.
+        state["pre_tokenizer"] = next(step for step in steps if step["type"] == "Metaspace")
+        fold = {"type": "Replace", "pattern": {"Regex": r"\s+"}, "content": " "}
+        state["normalizer"] = {"type": "Sequence", "normalizers": [*_steps(state["normalizer"]), fold]}
+    return json.dumps([state["pre_tokenizer"], state["decoder"], state["normalizer"]]) != before
+
+
+def _steps(part: dict[str, Any] | None) -> list[dict[str, Any]]:
+    if part is None:
+        return []
+    if part["type"] == "Sequence":
+        inner = next(part[key] for key in ("pretokenizers", "decoders", "normalizers") if key in part)
+        return [step for child in inner for step in _steps(child)]
+    return [part]
+
+
+def _as_plain_class(tokenizer: PreTrainedTokenizerFast, backend: Any) -> PreTrainedTokenizerFast:
+    """The same tokenizer as a class that loads `tokenizer.json` as it stands; other classes rebuild their own."""
+    from transformers import PreTrainedTokenizerFast
+
+    names = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+    special = {name: getattr(tokenizer, name) for name in names if getattr(tokenizer, name, None) is not None}
+    extra = [token for token in tokenizer.all_special_tokens if token not in special.values()]
+    plain = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        model_max_length=tokenizer.model_max_length,
+        padding_side=tokenizer.padding_side,
+        truncation_side=tokenizer.truncation_side,
+        clean_up_tokenization_spaces=False,
+        additional_special_tokens=extra,
+        **special,
+    )
+    plain.chat_template = tokenizer.chat_template
+    plain.name_or_path = tokenizer.name_or_path
+    plain.model_input_names = ["input_ids", "attention_mask"]
+    return plain
+
+
+def check_round_trip(tokenizer: PreTrainedTokenizerFast, added_tokens: Sequence[str], name: str) -> None:
+    """Every added token is one id, ordinary, and the text around it comes back letter for letter.
+
+    Raises:
+        EngineError: E4.7
+    """
+    unknown = tokenizer.unk_token_id
+    for token in added_tokens:
+        for text in (f"{token}는 {token}에게 말한다.", f"a {token}b {token}"):
+            ids = tokenizer.encode(text, add_special_tokens=False)
+            if unknown is not None and unknown in ids:
+                continue  # letters outside the vocabulary are lost with or without added tokens
+            back = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            if ids.count(tokenizer.convert_tokens_to_ids(token)) != 2 or back.strip() != text:
+                raise EngineError(
+                    "E4.7",
+                    f"added token {token!r} does not survive: {text!r} comes back as {back!r}",
+                    f"tokenizer of {name}",
+                    "nothing was started",
+                    "take the token out of tokenizer.added_tokens, or use another tokenizer",
+                )
+
+
+def _as_reloadable(
+    tokenizer: PreTrainedTokenizerFast, added_tokens: Sequence[str], name: str, model_type: str | None
+) -> PreTrainedTokenizerFast:
+    """Make sure that AutoTokenizer alone, from a saved folder, gives this very tokenizer."""
+    if _reloads_alike(tokenizer, added_tokens, model_type):
+        return tokenizer
+    plain = _as_plain_class(tokenizer, copy.deepcopy(tokenizer.backend_tokenizer))
+    if not _reloads_alike(plain, added_tokens, model_type):
+        raise EngineError(
+            "E4.7",
+            "the tokenizer does not come back the same from a saved folder",
+            f"tokenizer of {name}",
+            "nothing was started",
+            "use another tokenizer",
+        )
+    return plain
+
+
+def _reloads_alike(tokenizer: PreTrainedTokenizerFast, added_tokens: Sequence[str], model_type: str | None) -> bool:
+    from transformers import AutoTokenizer
+
+    tags = "".join(f"{token}는 {token}: " for token in added_tokens[:4])
+    probe = f"{tags}안녕하세요, 오늘 3시에 만나요.\nHello  world! 뷁 …"
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        if model_type is not None:
+            (Path(folder) / "config.json").write_text(json.dumps({"model_type": model_type}), encoding="utf-8")
+        again = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    same_ids = again(probe)["input_ids"] == tokenizer(probe)["input_ids"]
+    ids = tokenizer.encode(probe, add_special_tokens=False)
+    same_text = again.decode(ids, skip_special_tokens=True) == tokenizer.decode(ids, skip_special_tokens=True)
+    ends = (again.eos_token_id, again.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
+    return same_ids and same_text and ends and len(again) == len(tokenizer)
+
+
+def train_tokenizer(
+    texts: Iterable[str],
+    *,
+    vocabulary_size: int | None = None,
+    kind: str = "unigram",
+    added_tokens: Sequence[str] = (),
+    causal: bool,
+) -> PreTrainedTokenizerFast:
+    """Train SentencePiece on `texts`, wrapped as a fast tokenizer; the same texts give the same tokenizer.
+
+    Characters outside the vocabulary are spelled in UTF-8 bytes, newlines are kept, text is brought to Unicode NFKC.
+
+    Args:
+        vocabulary_size: bytes, special and added tokens included; lower where the texts do not hold that many pieces.
+        kind: unigram or bpe.
+        causal: begin each text with `<s>`; otherwise end each source with `</s>`.
+
+    Raises:
+        EngineError: E3.33 where there is no text to train on.
+    """
+    import sentencepiece
+
+    sentences = _training_sentences(texts, added_tokens)
+    if not sentences:
+        raise EngineError(
+            "E3.33", "no text to train a tokenizer on", "data.train_file", "nothing was started", "check the file"
+        )
+    wanted = (vocabulary_size or DEFAULT_VOCABULARY) - len(added_tokens) - 1  # and the newline
+    characters = len(set("".join(sentences)))
+    if wanted < len(SPECIAL_TOKENS) + _BYTES + 1:
+        raise EngineError(
+            "E2.55",
+            f"tokenizer.train_vocab_size={vocabulary_size} is too small: bytes, special and added tokens alone take "
+            f"{len(SPECIAL_TOKENS) + _BYTES + len(added_tokens) + 2}",
+            "recipe",
+            "nothing was started",
+            "raise it",
+        )
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(sentences),
+            model_writer=model,
+            model_type=kind,
+            vocab_size=wanted,
+            # Cover all characters where there is room, else the frequent ones; the rest is spelled in bytes.
+            character_coverage=1.0 if characters < (wanted - _BYTES) // 2 else 0.9995,
+            byte_fallback=True,
+            hard_vocab_limit=False,
+            normalization_rule_name="identity",  # done by the fast tokenizer's own normaliser and by _training_sentences
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            max_sentence_length=65536,
+            num_threads=1,  # more threads add up frequencies in another order
+            pad_id=0,
+            unk_id=1,
+            bos_id=2,
+            eos_id=3,
+            pad_piece="<pad>",
+            unk_piece="<unk>",
+            bos_piece="<s>",
+            eos_piece="</s>",
+            minloglevel=2,
+        )
+    except RuntimeError as error:  # its only word on a vocabulary without room for the characters
+        raise EngineError(
+            "E2.55",
+            f"tokenizer.train_vocab_size={vocabulary_size} is too small for the {characters} characters of the texts",
+            "recipe",
+            "nothing was started",
+            "raise it",
+        ) from error
+    return _fast_tokenizer(model.getvalue(), kind, added_tokens, causal)
+
+
+def _training_sentences(texts: Iterable[str], added_tokens: Sequence[str]) -> list[str]:
+    """Texts cut where the tokenizer will cut them, at newlines and added tokens; a text's first word gets a space."""
+    sentences: list[str] = []
+    for text in texts:
+        marked = " " + unicodedata.normalize("NFKC", text).replace("\r\n", "\n").strip()
+        for token in added_tokens:
+            marked = marked.replace(token, "\n")
+        sentences += [line for line in marked.split("\n") if line.strip()]
+    return sentences[:_MAX_TRAINING_SENTENCES]
+
+
+def _fast_tokenizer(model: bytes, kind: str, added_tokens: Sequence[str], causal: bool) -> PreTrainedTokenizerFast:
+    """The SentencePiece model as a `tokenizers` pipeline with the same segmentation."""
+    import sentencepiece
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+    scored = [(pieces.id_to_piece(i), pieces.get_score(i)) for i in range(pieces.get_piece_size())]
+    if kind == "unigram":
+        core = models.Unigram(scored, unk_id=1, byte_fallback=True)
+    else:
+        ids = {piece: i for i, (piece, _) in enumerate(scored)}
+        core = models.BPE(ids, _merges(scored, ids), unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    backend = Tokenizer(core)
+    backend.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace("\r\n", "\n")])
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex("\n"), "isolated"),
+            pre_tokenizers.Metaspace("▁", prepend_scheme="first", split=True),
+        ]
+    )
+    backend.decoder = decoders.Sequence(
+        [decoders.ByteFallback(), decoders.Metaspace("▁", prepend_scheme="first", split=True), decoders.Fuse()]
+    )
+    backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS.values()])
+    backend.add_tokens([AddedToken(token, normalized=False) for token in ("\n", *added_tokens)])
+    bos, eos = backend.token_to_id("<s>"), backend.token_to_id("</s>")
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A" if causal else "$A </s>",
+        pair="<s> $A $B" if causal else "$A $B </s>",
+        special_tokens=[("<s>", bos), ("</s>", eos)],
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **SPECIAL_TOKENS)
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    return tokenizer
+
+
+def _merges(scored: Sequence[tuple[str, float]], ids: dict[str, int]) -> list[tuple[str, str]]:
+    """BPE merges of a SentencePiece vocabulary: every way to build a piece of two others, best-scored piece first."""
+    merges = []
+    for piece, score in scored:
+        if piece.startswith("<") and piece.endswith(">"):
+            continue
+        halves = [(piece[:i], piece[i:]) for i in range(1, len(piece)) if piece[:i] in ids and piece[i:] in ids]
+        halves.sort(key=lambda pair: (ids[pair[0]], ids[pair[1]]))
+        merges += [(-score, pair) for pair in halves]
+    return [pair for _, pair in sorted(merges, key=lambda entry: entry[0])]
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
+    """sha256 of everything that decides token ids: vocabulary, merges, added tokens, normalisation, chat template."""
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())
+    parts |= {"truncation": None, "padding": None, "chat_template": tokenizer.chat_template}  # set per call, not fixed
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

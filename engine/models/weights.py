@@ -1,0 +1,210 @@
+"""Weights in and out of models: folders loaded whole or refused, embeddings resized, saved weights restored."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from engine.errors import EngineError
+from engine.models import adapters, hub
+from engine.models.hub import NOTHING_LOADED, first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+_USABLE_SHARE = 0.85  # of the free memory; the rest is for caches and activations
+
+
+def auto_class(config: PreTrainedConfig) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+
+
+def attention(implementation: str | None) -> dict[str, str]:
+    return {} if implementation is None else {"attn_implementation": implementation}
+
+
+def load_folder(
+    folder: Path,
+    config: PreTrainedConfig,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    trust_remote_code: bool = False,
+    quantization: Any = None,
+    attn_implementation: str | None = None,
+    offload_folder: Path | None = None,
+) -> nn.Module:
+    """The model of a checked folder, on one device; never spread over devices unless `offload_folder` is given.
+
+    Raises:
+        EngineError: E4.8 where weights are missing or do not fit.
+    """
+    arguments: dict[str, Any] = attention(attn_implementation)
+    if quantization is not None:
+        arguments |= {"quantization_config": quantization, "device_map": {"": device}}
+    if offload_folder is not None:
+        arguments |= {"device_map": "auto", "offload_folder": str(offload_folder)}
+    try:
+        model, info = auto_class(config).from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            local_files_only=True,
+            output_loading_info=True,
+            **arguments,
+        )
+    except torch.OutOfMemoryError as error:
+        raise EngineError(
+            "E8.2",
+            "the device has too little memory for the weights alone",
+            str(folder),
+            NOTHING_LOADED,
+            "try quantization.load_in_4bit=true",
+        ) from error
+    except Exception as error:  # transformers raises many unrelated types on a bad folder
+        what = f"the weights cannot be loaded: {first_line(error)}"
+        raise EngineError(
+            "E4.8", what, str(folder), NOTHING_LOADED, "check the folder, or download it again"
+        ) from error
+    if quantization is not None:
+        adapters.keep_weights_as_loaded(model)
+    missing = sorted(info["missing_keys"])
+    if missing:
+        names = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
+        raise EngineError(
+            "E4.8",
+            f"{len(missing)} weights are missing and would be random: {names}",
+            str(folder),
+            NOTHING_LOADED,
+            "use a checkpoint of the whole model with its output head",
+        )
+    if is_untied(model):
+        # T5's configuration always says "tied"; believed, it would overwrite the output head at the next resize.
+        model.config.tie_word_embeddings = False
+    return model if "device_map" in arguments else model.to(device)
+
+
+def too_large(folder: Path, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a model must be spread over GPU, host and disk: only in a single process, whose device map is its own."""
+    if device.type != "cuda" or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return False
+    free, _ = torch.cuda.mem_get_info(device)
+    needed = sum(hub.stored_types(folder).values()) * dtype.itemsize
+    return needed > _USABLE_SHARE * free
+
+
+def is_untied(model: nn.Module) -> bool:
+    """Whether the output head has weights of its own."""
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is not model.get_input_embeddings().weight
+
+
+@torch.no_grad()
+def resize_embeddings(
+    model: nn.Module, vocabulary: int, pieces: dict[int, list[int]], multiple: int | None = None
+) -> None:
+    """Make room for `vocabulary` tokens and start each new one from the mean of the pieces that spelled it before.
+
+    That start is deterministic and close to where the token belongs. Rows are never removed: many models have more rows
+    than their tokenizer has tokens.
+    """
+    old_rows = model.get_input_embeddings().weight.shape[0]
+    multiple = multiple or 1
+    rows = -(-max(vocabulary, old_rows) // multiple) * multiple
+    if rows > old_rows:
+        model.resize_token_embeddings(rows, mean_resizing=False)
+    matrices = {
+        id(m.weight): m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None
+    }
+    for matrix in matrices.values():
+        mean = matrix[:old_rows].float().mean(0)
+        matrix[old_rows:] = mean.to(matrix.dtype)
+        for token, spelled in pieces.items():
+            row = matrix[spelled].float().mean(0) if spelled else mean
+            matrix[token] = row.to(matrix.dtype)
+
+
+def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Weights to `dtype`. Buffers stay: rotary frequencies lose their meaning in 16 bits."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def recompute_activations(model: nn.Module, *, frozen_embeddings: bool) -> None:
+    """Gradient checkpointing, non-reentrant: blocks keep their inputs only and are computed again in the backward pass.
+
+    Args:
+        frozen_embeddings: make their outputs require gradients, without which the first block would have none.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # a coming change of name
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if frozen_embeddings:
+        model.enable_input_require_grads()
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model without DistributedDataParallel and torch.compile around it."""
+    while hasattr(model, "module") or hasattr(model, "_orig_mod"):
+        model = model.module if hasattr(model, "module") else model._orig_mod
+    return model
+
+
+def is_adapted(model: nn.Module) -> bool:
+    return hasattr(unwrap(model), "peft_config")
+
+
+def trainable_state(model: nn.Module) -> dict[str, Tensor]:
+    """All weights that training changes, by name: the whole model, or the adapter without its base."""
+    bare = unwrap(model)
+    return adapters.adapter_tensors(bare) if is_adapted(bare) else dict(bare.state_dict())
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, folder: str | Path) -> None:
+    """Copy the weights of a saved folder into an existing model of the same shape, to the bit.
+
+    Raises:
+        EngineError: E5.10 where names or shapes differ.
+    """
+    from safetensors.torch import load_file
+
+    bare, folder = unwrap(model), Path(folder)
+    hub.check_folder(folder)
+    stored: dict[str, Tensor] = {}
+    pattern = "adapter_model*.safetensors" if is_adapted(bare) else "model*.safetensors"
+    for path in sorted(folder.glob(pattern)):
+        stored |= load_file(path)
+    own = trainable_state(bare)
+    tied = _tied_names(own)
+    missing = [name for name in own if name not in stored and not tied[name] & stored.keys()]
+    unexpected = [name for name in stored if name not in own]
+    shapes = [name for name in stored if name in own and stored[name].shape != own[name].shape]
+    if missing or unexpected or shapes:
+        what = (
+            f"weights do not fit: {len(missing)} missing, {len(unexpected)} unexpected, {len(shapes)} of another shape"
+        )
+        first = (missing + unexpected + shapes)[0]
+        raise EngineError(
+            "E5.10", what, f"{folder}, first {first}", "the model was not changed", "use the checkpoint's own recipe"
+        )
+    for name, tensor in stored.items():
+        own[name].copy_(tensor)
+
+
+def _tied_names(tensors: dict[str, Tensor]) -> dict[str, set[str]]:
+    """For each name, all names of the same memory: tied weights are stored once."""
+    by_memory: dict[tuple[Any, ...], set[str]] = {}
+    for name, tensor in tensors.items():
+        by_memory.setdefault((tensor.data_ptr(), tensor.shape, tensor.device), set()).add(name)
+    return {name: by_memory[(tensor.data_ptr(), tensor.shape, tensor.device)] for name, tensor in tensors.items()}

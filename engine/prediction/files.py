@@ -1,0 +1,144 @@
+"""The files that prediction reads and writes: dialogues in; a table, JSON lines or a submission out."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engine.data.rows import Example, read_split
+from engine.errors import EngineError
+from engine.prediction.postprocess import PostprocessReport
+from engine.prediction.submission import Table, submission_table, without_empty, write_submission
+from engine.runtime.atomic import storage_error, write_text_atomically
+from engine.scoring import endings, rouge
+
+if TYPE_CHECKING:
+    from engine.prediction.summarizer import Summary
+    from engine.recipe.schema import Recipe
+
+log = logging.getLogger("engine.predict")
+_ELSEWHERE = "free some space or choose another --output, then run again"
+# A CSV under such a name would mislead whoever opens it.
+_OTHER_FORMATS = {".parquet", ".pq", ".json", ".xlsx", ".gz", ".zip"}
+
+
+def read_input(path: str, recipe: Recipe) -> list[Example]:
+    """Rows of a CSV, JSONL or parquet file, or dialogues from standard input (`-`), one per line with `\\n` for newlines.
+
+    Raises:
+        EngineError: E3 naming file and row.
+    """
+    if path == "-":
+        lines = [line.rstrip("\n").replace("\\n", "\n") for line in sys.stdin if line.strip()]
+        if not lines:
+            raise EngineError("E3.32", "standard input holds no dialogue", "-", next="write one dialogue per line")
+        return [Example(id=str(i), dialogue=text, references=(), topic=None, row=i + 1) for i, text in enumerate(lines)]
+    return read_split(recipe.data, path, require_summary=False)
+
+
+def check_target(examples: Sequence[Example], options: argparse.Namespace) -> None:
+    """Refuse before decoding what could not be written afterwards, and make the output's folder.
+
+    Raises:
+        EngineError: E2 for a name that is no CSV or JSONL file or is the input's, E3 for a sample that does not fit, E6 for a
+            place that cannot be written.
+    """
+    output = Path(options.output)
+    no_file = options.output == "-" or (output.exists() and not output.is_file())  # devices would be replaced
+    if no_file or output.suffix.lower() in _OTHER_FORMATS:
+        raise EngineError(
+            "E2.37",
+            f"predictions are written as CSV, or as JSON lines to a name in .jsonl, not to {options.output}",
+            "--output",
+            "nothing was decoded",
+            "choose another --output",
+        )
+    if options.input != "-" and output.exists() and output.samefile(options.input):
+        what = "the output would replace the input"
+        raise EngineError("E2.38", what, str(output), "nothing was decoded", "choose another --output")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(output.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise storage_error(error, output, "preparing the output", "nothing was decoded", _ELSEWHERE) from error
+    if options.sample_submission is not None:
+        ids = [example.id for example in examples]
+        submission_table(ids, ["?"] * len(ids), options.sample_submission)
+
+
+def write(
+    examples: Sequence[Example], summaries: Sequence[Summary], options: argparse.Namespace, recipe: Recipe
+) -> None:
+    """Write the output file and tell scores and how the texts ended. Raises: EngineError E6 where it cannot be written."""
+    texts = without_empty(
+        [row.id for row in examples], [row.dialogue for row in examples], [summary.text for summary in summaries]
+    )
+    output = Path(options.output)
+    try:
+        _write_file(examples, summaries, texts, output, options.sample_submission)
+    except OSError as error:
+        kept = "decoded rows are kept beside it"
+        raise storage_error(error, output, "writing the output", kept, _ELSEWHERE) from error
+    log.info("%d summaries in %s", len(texts), output)
+    _tell(examples, summaries, texts, recipe)
+
+
+def _write_file(
+    examples: Sequence[Example], summaries: Sequence[Summary], texts: list[str], output: Path, sample: str | None
+) -> None:
+    ids = [example.id for example in examples]
+    if sample is not None:
+        write_submission(submission_table(ids, texts, sample), output)
+    elif output.suffix.lower() == ".jsonl":
+        rows = _n_best(examples, summaries, texts)
+        write_text_atomically(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    elif len(summaries[0].texts) > 1:
+        write_submission(_n_best_table(examples, summaries, texts), output)
+    else:
+        write_submission(submission_table(ids, texts), output)
+
+
+def _n_best(examples: Sequence[Example], summaries: Sequence[Summary], texts: Sequence[str]) -> list[dict[str, Any]]:
+    return [
+        {
+            "fname": example.id,
+            "rank": rank,
+            "summary": texts[row] if rank == 1 else text,
+            "score": score,
+        }
+        for row, (example, summary) in enumerate(zip(examples, summaries, strict=True))
+        for rank, (text, score) in enumerate(zip(summary.texts, summary.scores, strict=True), start=1)
+    ]
+
+
+def _n_best_table(examples: Sequence[Example], summaries: Sequence[Summary], texts: Sequence[str]) -> Table:
+    rows = _n_best(examples, summaries, texts)
+    cells = [
+        [str(row["fname"]), str(row["rank"]), row["summary"], "" if row["score"] is None else repr(row["score"])]
+        for row in rows
+    ]
+    return [["fname", "rank", "summary", "score"], *cells]
+
+
+def _tell(examples: Sequence[Example], summaries: Sequence[Summary], texts: list[str], recipe: Recipe) -> None:
+    references = [example.references for example in examples]
+    scored = all(references)
+    if scored:
+        scores = rouge.rouge(texts, references, tokenizer=recipe.evaluation.rouge_tokenizer)
+        values = "  ".join(f"{key} {scores[key]:.2f}" for key in ("rouge1", "rouge2", "rougeL", "rouge_mean"))
+        print(f"{values}  ({scores['rouge_tokenizer_version']})")
+    report = endings.ending_report(texts, references if scored else None, [not summary.ended for summary in summaries])
+    print(endings.ending_text(report))
+    fixes = PostprocessReport()
+    for summary in summaries:
+        fixes.add(summary.fired)
+    if fixes.fired:
+        print(fixes)

@@ -1,0 +1,262 @@
+"""The Python API for a trained model: dialogues in, summaries out.
+
+predictor = Predictor.from_run("experiments/20260101/20260101_120000_kobart")
+predictor.predict_single("#Person1#: ...")
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engine.errors import EngineError
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import torch
+
+    from engine.data.encode import Feature
+    from engine.models.build import ModelBundle
+    from engine.prediction.summarizer import Summarizer, Summary
+    from engine.recipe.schema import Generation, Recipe
+
+log = logging.getLogger("engine.predict")
+
+
+class Predictor:
+    """Summarises with one trained model, under the prompt and generation settings it was trained with.
+
+    Args:
+        bundle: model, tokenizer and prompt settings.
+        recipe: what it was trained with. Each call may override the generation settings by name; `data.topic_column`
+            names the data frames' column with topics.
+    """
+
+    def __init__(self, bundle: ModelBundle, recipe: Recipe) -> None:
+        self.bundle, self.generation, self.topic_column = bundle, recipe.generation, recipe.data.topic_column
+        self.encoder = bundle.text_encoder()
+
+    @classmethod
+    def from_run(
+        cls,
+        path: str | Path,
+        *,
+        device: str | torch.device = "auto",
+        precision: str | None = None,
+        base: str | None = None,
+    ) -> Predictor:
+        """Load a run folder (its final model), a checkpoint, or any Hugging Face model or PEFT adapter folder.
+
+        Args:
+            device: "auto" takes the GPU where there is one.
+            precision: fp32, bf16 or fp16; None: bf16 where the GPU has it, else fp32.
+            base: replaces the base model that an adapter names.
+
+        Raises:
+            EngineError: E4 where no usable model is found.
+        """
+        import torch
+
+        from engine.models import build
+
+        folder = model_folder(Path(path))
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        bundle = build.load_trained(folder, device=torch.device(device), precision=precision, base=base)
+        return cls(bundle, recipe_of(folder))
+
+    def override(self, recipe: Recipe) -> None:
+        """Take over the generation settings, and what the command line says about lengths and prompt.
+
+        Raises:
+            EngineError: E2 for another prompt than the one the model was trained with.
+        """
+        from engine.data.prompts import PromptSettings
+        from engine.recipe.load import COMMAND_LINE
+
+        def asked(section: str) -> list[str]:
+            names = type(getattr(recipe, section)).model_fields
+            return [name for name in names if recipe.origin(f"{section}.{name}") == COMMAND_LINE]
+
+        bundle, self.generation = self.bundle, recipe.generation
+        bundle.set_lengths(**{name: getattr(recipe.data, name) for name in asked("data") if name in bundle.lengths})
+        if (changed := asked("prompt")) and bundle.prompt_is_known:
+            raise EngineError(
+                "E2.28",
+                "the model must be prompted the way it was trained",
+                f"prompt.{changed[0]}",
+                "nothing was decoded",
+                f"leave prompt.{changed[0]} out",
+            )
+        if changed:
+            bundle.prompt = PromptSettings(**recipe.prompt.model_dump())
+        elif not bundle.prompt_is_known:
+            log.warning("the model came without prompt settings: prompt.style is %s", bundle.prompt.style)
+        self.encoder = bundle.text_encoder()
+
+    def predict_single(self, dialogue: str, **gen: Any) -> str:
+        """Summary of one dialogue; `gen` overrides generation settings by `generate`'s names."""
+        return self.predict_batch([dialogue], batch_size=1, show_progress=False, **gen)[0]
+
+    def predict_batch(
+        self, dialogues: Iterable[str], batch_size: int = 32, show_progress: bool = True, **gen: Any
+    ) -> list[str]:
+        """Summaries in the order of the dialogues."""
+        return [summary.text for summary in self.summarize(dialogues, batch_size, show_progress, **gen)]
+
+    def predict_dataframe(
+        self,
+        df: pd.DataFrame,
+        text_column: str = "dialogue",
+        summary_column: str = "summary",
+        batch_size: int = 32,
+        show_progress: bool = True,
+        **gen: Any,
+    ) -> pd.DataFrame:
+        """A copy of `df` with the summaries in `summary_column`; the order and the index of the rows are kept.
+
+        Raises:
+            EngineError: E3 where the column is missing or a dialogue is empty.
+        """
+        if text_column not in df.columns:
+            raise EngineError(
+                "E3.30", f"no column {text_column!r}; there are {', '.join(map(str, df.columns))}", "data frame"
+            )
+        topics = df[self.topic_column].tolist() if self.topic_column in df.columns else None
+        summaries = self.summarize(df[text_column].tolist(), batch_size, show_progress, topics=topics, **gen)
+        return df.assign(**{summary_column: [summary.text for summary in summaries]})
+
+    def create_submission(
+        self,
+        test_df: pd.DataFrame,
+        output_path: str | Path,
+        batch_size: int = 32,
+        show_progress: bool = True,
+        sample_submission: str | Path | None = None,
+        **gen: Any,
+    ) -> pd.DataFrame:
+        """Predict `test_df` (columns fname, dialogue) and write a submission in the sample's format.
+
+        Raises:
+            EngineError: E3, before anything is decoded, where ids, order or columns do not fit the sample.
+        """
+        from engine.prediction.submission import submission_table, without_empty, write_submission
+
+        if "fname" not in test_df.columns:
+            raise EngineError(
+                "E3.30", f"no column 'fname'; there are {', '.join(map(str, test_df.columns))}", "data frame"
+            )
+        ids = [str(name) for name in test_df["fname"]]
+        submission_table(ids, ["?"] * len(ids), sample_submission)
+        predicted = self.predict_dataframe(test_df, batch_size=batch_size, show_progress=show_progress, **gen)
+        predicted["summary"] = without_empty(ids, list(predicted["dialogue"]), list(predicted["summary"]))
+        write_submission(submission_table(ids, list(predicted["summary"]), sample_submission), Path(output_path))
+        return predicted[["fname", "summary"]]
+
+    def summarize(
+        self,
+        dialogues: Iterable[str],
+        batch_size: int = 32,
+        show_progress: bool = False,
+        topics: Sequence[str] | None = None,
+        **gen: Any,
+    ) -> list[Summary]:
+        """As `predict_batch`, with scores, n-best lists and how each text ended.
+
+        Raises:
+            EngineError: E2 for settings that cannot be, E3 naming the first dialogue that is no text.
+        """
+        from tqdm import tqdm
+
+        if isinstance(dialogues, str):
+            what = "the dialogues are one text, which would be read letter by letter"
+            raise EngineError("E3.31", what, "dialogues", next="give a list, or use predict_single")
+        if batch_size < 1:
+            raise EngineError("E2.39", f"batch_size is {batch_size}", "batch_size", next="give 1 or more")
+        dialogues = list(dialogues)
+        features = self.features(dialogues, topics)
+        summarizer = self.summarizer(batch_size, **gen)
+        with tqdm(total=len(features), disable=not show_progress, ncols=100, desc="summarise", unit="row") as bar:
+            done = summarizer.summarize(
+                self.bundle.model,
+                features,
+                dialogues=dict(enumerate(dialogues)),
+                on_batch=lambda summaries: bar.update(len(summaries)),
+            )
+        return sorted(done, key=lambda summary: summary.index)
+
+    def features(self, dialogues: Sequence[str], topics: Sequence[str] | None = None) -> list[Feature]:
+        """Tokenised prompts. Raises: EngineError E3 naming the first dialogue that is no text."""
+        from engine.data.rows import Example
+
+        for number, dialogue in enumerate(dialogues, start=1):
+            if not isinstance(dialogue, str) or not dialogue.strip() or not _is_unicode(dialogue):
+                raise EngineError(
+                    "E3.31", f"dialogue {number} is empty or no text", f"row {number}", next="leave it out or fill it"
+                )
+        examples = [
+            Example(id=str(i), dialogue=text, references=(), topic=topic, row=i + 1)
+            for i, (text, topic) in enumerate(zip(dialogues, topics or [None] * len(dialogues), strict=True))
+        ]
+        return [self.encoder.prompt_feature(example, index) for index, example in enumerate(examples)]
+
+    def summarizer(self, batch_size: int, **gen: Any) -> Summarizer:
+        from engine.prediction.summarizer import Summarizer
+
+        return Summarizer(
+            self.bundle,
+            self.encoder,
+            overridden(self.generation, gen),
+            batch_size=batch_size,
+        )
+
+
+def _is_unicode(text: str) -> bool:
+    """No half characters (lone surrogates), which no tokenizer takes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def model_folder(path: Path) -> Path:
+    """The model inside `path`: a run's final_model or its best checkpoint, else the folder itself.
+
+    Raises:
+        EngineError: E4 where there is neither.
+    """
+    if (path / "final_model").is_dir():
+        return path / "final_model"
+    if any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
+        return path
+    for pointer in ("best.json", "last.json"):
+        if (path / pointer).is_file():
+            from engine.runtime.atomic import read_json
+
+            return path / f"checkpoint-{read_json(path / pointer)['step']}"
+    raise EngineError("E4.20", "no model here", str(path), "nothing was written", "give a run folder or a model folder")
+
+
+def recipe_of(folder: Path) -> Recipe:
+    """The recipe that the model was trained with; the defaults for a foreign folder."""
+    from engine.recipe.load import load_recipe
+    from engine.recipe.schema import Recipe
+
+    for place in (folder, folder.parent):
+        if (place / "recipe.yaml").is_file():
+            return load_recipe(place / "recipe.yaml")
+    return Recipe()
+
+
+def overridden(generation: Generation, gen: dict[str, Any]) -> Generation:
+    """The section with some settings replaced. Raises: EngineError E2 for an unknown name or a bad value."""
+    from engine.recipe.load import with_overrides
+    from engine.recipe.schema import Recipe
+
+    if not gen:
+        return generation
+    changes = {f"generation.{key}": value for key, value in gen.items()}
+    return with_overrides(Recipe(generation=generation), changes, ("generation",)).generation

@@ -1,0 +1,107 @@
+"""Competition submissions: written like the given sample, and refused where they would not fit it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from engine.errors import EngineError
+from engine.runtime.atomic import write_text_atomically
+from engine.scoring import baselines
+
+log = logging.getLogger("engine.predict")
+Table = list[list[str]]  # the header, then one row per dialogue
+
+
+def submission_table(ids: Sequence[str], summaries: Sequence[str], sample: str | Path | None = None) -> Table:
+    """Header and rows in the sample's format: its columns (an unnamed index too), its ids, its order.
+
+    Without a sample: `fname,summary`.
+
+    Raises:
+        EngineError: E3 where an id is missing, unknown, repeated or out of order, a cell would be empty, or the sample has no
+            columns for ids and summaries.
+    """
+    where = str(sample) if sample is not None else "submission"
+    empty = [name for name, text in zip(ids, summaries, strict=True) if not str(text).strip()]
+    if empty:
+        raise _refused(f"{len(empty)} empty summaries, first {empty[0]}", where)
+    if len(set(ids)) != len(ids):
+        repeated = next(name for name in ids if list(ids).count(name) > 1)
+        raise _refused(f"the id {repeated} occurs twice", where)
+    if sample is None:
+        return [["fname", "summary"], *([name, text] for name, text in zip(ids, summaries, strict=True))]
+    header, rows = _read_sample(Path(sample))
+    id_at, summary_at = _columns(header, rows, set(ids), where)
+    _check_ids([row[id_at] for row in rows], list(ids), where)
+    filled = [[*row[:summary_at], text, *row[summary_at + 1 :]] for row, text in zip(rows, summaries, strict=True)]
+    return [header, *filled]
+
+
+def without_empty(ids: Sequence[str], dialogues: Sequence[str], texts: Sequence[str]) -> list[str]:
+    """Texts with no empty cell: where the model wrote nothing, the dialogue's first two turns stand in, and are told."""
+    empty = [name for name, text in zip(ids, texts, strict=True) if not text.strip()]
+    if empty:
+        log.warning(
+            "%d empty summaries replaced by the dialogue's first two turns: %s", len(empty), ", ".join(empty[:10])
+        )
+    return [
+        text if text.strip() else baselines.lead_baseline(dialogue)
+        for dialogue, text in zip(dialogues, texts, strict=True)
+    ]
+
+
+def write_submission(table: Table, path: Path) -> None:
+    """UTF-8 CSV; newlines and commas inside quoted cells. The file appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(table)
+    write_text_atomically(path, text.getvalue())
+
+
+def _read_sample(path: Path) -> tuple[list[str], Table]:
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as handle:
+            table = list(csv.reader(handle))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise _refused(f"the sample cannot be read: {error}", str(path)) from error
+    if not table or not table[1:]:
+        raise _refused("the sample has no rows", str(path))
+    widths = {len(row) for row in table}
+    if len(widths) != 1:
+        raise _refused("the sample's rows differ in their number of columns", str(path))
+    return table[0], table[1:]
+
+
+def _columns(header: list[str], rows: Table, ids: set[str], where: str) -> tuple[int, int]:
+    """Positions of the id and the summary column."""
+    if "summary" not in header:
+        raise _refused(f"the sample has no column 'summary', only {', '.join(header)}", where)
+    matching = [i for i, name in enumerate(header) if name and name != "summary" and rows[0][i] in ids]
+    named = [i for i, name in enumerate(header) if name == "fname"]
+    candidates = matching or named
+    if not candidates:
+        raise _refused(f"no column of the sample holds the input's ids (columns {', '.join(header)})", where)
+    return candidates[0], header.index("summary")
+
+
+def _check_ids(wanted: list[str], ids: list[str], where: str) -> None:
+    if wanted == ids:
+        return
+    missing, unknown = set(wanted) - set(ids), set(ids) - set(wanted)
+    if missing or unknown:
+        parts = [
+            f"{len(part)} ids {kind}, first {sorted(part)[0]}"
+            for part, kind in ((missing, "missing"), (unknown, "not in the sample"))
+            if part
+        ]
+        raise _refused("; ".join(parts), where)
+    row = next(i for i, (a, b) in enumerate(zip(wanted, ids, strict=False)) if a != b)
+    raise _refused(f"the order differs from row {row + 1} on: sample {wanted[row]}, input {ids[row]}", where)
+
+
+def _refused(what: str, where: str) -> EngineError:
+    return EngineError("E3.35", what, where, "no submission was written", "predict the file that the sample belongs to")

@@ -1,0 +1,1 @@
+"""Recipes: typed sections with a description for each key, YAML with `base:`, overrides, origins, rules between keys."""

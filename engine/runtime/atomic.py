@@ -1,0 +1,105 @@
+"""Files that are whole or absent: atomic writes, hashes, free space, and failed writes as errors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from engine.errors import EngineError
+
+_GO_ON = "free some space or choose another experiment.output_dir, then run again with --resume auto"
+# Callables `(point, path)` met on the way through a save. Only tests fill this list, to kill or to fail there.
+fail_points: list[Callable[[str, Path], None]] = []
+
+
+def reached(point: str, path: Path) -> None:
+    """Name an instant of a save, for tests that interrupt it there."""
+    for callback in fail_points:
+        callback(point, path)
+
+
+def fsync_file(path: Path) -> None:
+    """Force a file's (or folder's) contents to the disk, not only into the page cache."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_text_atomically(path: Path, text: str, *, durable: bool = True) -> None:
+    """Replace `path` by `text` so that a reader, or a crash, sees the old file or the new one and nothing between.
+
+    `durable=False` skips the flush to disk: still whole after a crash of this process, not after one of the machine.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as handle:
+            handle.write(text)
+            handle.flush()
+            if durable:
+                os.fsync(handle.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    if durable:
+        fsync_file(path.parent)
+
+
+def write_json_atomically(path: Path, value: Any, *, durable: bool = True) -> None:
+    """Strict JSON (no NaN), indented, through `write_text_atomically`."""
+    text = json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False) + "\n"
+    write_text_atomically(path, text, durable=durable)
+
+
+def read_json(path: Path) -> Any:
+    """Strict JSON of a file. Raises ValueError where it is not, OSError where there is none."""
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"{name} is not JSON")
+
+    return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+
+
+def sha256_of(path: Path) -> str:
+    """Hex digest of a file, read in blocks."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(handle)
+
+
+def _digest(handle: Any) -> str:  # Python 3.10 has no hashlib.file_digest
+    digest = hashlib.sha256()
+    while block := handle.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def file_record(path: Path) -> dict[str, Any]:
+    """What a manifest holds for one file, after forcing it to the disk."""
+    fsync_file(path)
+    return {"size": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes a normal user may still write below `folder` (its nearest existing parent)."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def storage_error(error: BaseException, path: Path, doing: str, safe: str, next: str = _GO_ON) -> EngineError:
+    """A failed write as E6, with the free space: libraries report a full disk as anything but OSError."""
+    try:
+        room = f"{free_bytes(path) / 2**20:.0f} MiB free"
+    except OSError:
+        room = "free space unknown"
+    cause = (
+        os.strerror(error.errno) if isinstance(error, OSError) and error.errno else f"{type(error).__name__}: {error}"
+    )
+    return EngineError("E6.1", f"{doing} failed: {cause[:200]}", f"{path}, {room}", safe, next)

@@ -1,0 +1,192 @@
+"""The run folder: where a run writes, that it may, what it last said about itself, and its log."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from engine.errors import EngineError
+from engine.runtime.atomic import free_bytes, storage_error
+from engine.runtime.run_status import STATUS, finished
+
+if TYPE_CHECKING:
+    from engine.recipe.schema import Recipe
+
+_CHECKPOINT = re.compile(r"checkpoint-\d+")
+_LEAST_FREE = 32 << 20  # bytes without which not even the logs of a run are safe
+
+log = logging.getLogger("engine")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """`reused`: another attempt wrote here before. `finished`: it ended with code 0, and nothing is left to do."""
+
+    path: Path
+    reused: bool = False
+    finished: bool = False
+
+
+def choose_run_folder(recipe: Recipe, resume: str | None) -> RunFolder:
+    """Decide where this run writes; creates the folder, and nothing when it refuses. Called on rank 0 only.
+
+    Args:
+        resume: None starts a new run; "auto" continues the run of that folder or name if there is one; else the path
+            of a run folder or of one of its checkpoints.
+
+    Raises:
+        EngineError: E2 for a folder that holds a run already, E5 for a resume path without one, E6 where nothing can be
+            written.
+    """
+    explicit = recipe.experiment.output_dir
+    if resume not in (None, "auto"):
+        return _existing(_run_of(Path(resume), explicit))
+    if explicit is not None:
+        return _explicit(Path(explicit), resume)
+    root = Path(recipe.experiment.output_root)
+    if resume == "auto":
+        known = _latest(root, recipe.experiment.name)
+        if known is not None:
+            return _existing(known)
+        log.info("nothing to resume under %s for %s: starting fresh", root, recipe.experiment.name)
+    now = time.localtime()
+    name = f"{time.strftime('%Y%m%d_%H%M%S', now)}_{recipe.experiment.name}"
+    return RunFolder(_create_new(root / time.strftime("%Y%m%d", now), name))
+
+
+def _run_of(path: Path, explicit: str | None) -> Path:
+    """The run folder of `--resume PATH`."""
+    if not path.is_dir():
+        raise EngineError(
+            "E5.1",
+            "there is no checkpoint to resume from",
+            str(path),
+            "nothing was started",
+            "give a checkpoint folder, a run folder, or auto",
+        )
+    if path.name.startswith(".") or path.is_symlink():
+        raise EngineError(
+            "E5.2",
+            "an unfinished or linked folder is no checkpoint",
+            str(path),
+            "nothing was started",
+            "use --resume auto",
+        )
+    run = path.parent if _CHECKPOINT.fullmatch(path.name) else path
+    if explicit is not None and Path(explicit).resolve() != run.resolve():
+        raise EngineError(
+            "E2.32",
+            f"experiment.output_dir is {explicit}, the checkpoint lies in {run}",
+            str(path),
+            "nothing was started",
+            "leave experiment.output_dir out to continue in the checkpoint's folder",
+        )
+    return run
+
+
+def _explicit(folder: Path, resume: str | None) -> RunFolder:
+    if folder.is_dir() and _holds_run(folder):
+        if resume == "auto":
+            return _existing(folder)
+        raise EngineError(
+            "E2.31",
+            "experiment.output_dir already holds a run",
+            str(folder),
+            "it was not touched",
+            "add --resume auto to continue it, or choose another folder",
+        )
+    if resume == "auto":
+        log.info("nothing to resume in %s: starting fresh", folder)
+    reused = folder.is_dir() and any(folder.iterdir())
+    if not folder.is_dir():
+        _make(folder)
+    check_writable(folder)
+    return RunFolder(folder, reused=reused)
+
+
+def _existing(folder: Path) -> RunFolder:
+    if finished(folder):
+        return RunFolder(folder, reused=True, finished=True)
+    check_writable(folder)
+    return RunFolder(folder, reused=True)
+
+
+def _holds_run(folder: Path) -> bool:
+    """Whether something there would be lost or mixed up by another run: a checkpoint, a model, or logged updates."""
+    metrics = folder / "metrics.jsonl"
+    if (metrics.is_file() and metrics.stat().st_size) or any(
+        (folder / name).exists() for name in ("final_model", "results.json")
+    ):
+        return True
+    return any(_CHECKPOINT.fullmatch(entry.name) for entry in folder.iterdir())
+
+
+def _latest(root: Path, name: str) -> Path | None:
+    """The newest dated run folder of that name that got as far as a status."""
+    pattern = re.compile(rf"\d{{8}}_\d{{6}}_{re.escape(name)}(-\d+)?")
+    folders = [
+        path for path in root.glob("[0-9]" * 8 + "/*") if pattern.fullmatch(path.name) and (path / STATUS).is_file()
+    ]
+    return max(folders, key=lambda path: (path.name[:15], len(path.name), path.name), default=None)
+
+
+def _create_new(day: Path, name: str) -> Path:
+    _make(day)
+    for attempt in range(1, 1000):  # several runs may start within one second
+        folder = day / (name if attempt == 1 else f"{name}-{attempt}")
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise storage_error(error, folder, "creating the run folder", "nothing was started") from error
+        check_writable(folder)
+        return folder
+    raise EngineError(
+        "E6.3", "a thousand runs of this name started within one second", str(day), next="set experiment.output_dir"
+    )
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise EngineError(
+            "E2.33",
+            "the output folder's path goes through a file",
+            str(folder),
+            "nothing was started",
+            "choose another experiment.output_dir or output_root",
+        ) from error
+    except OSError as error:
+        raise storage_error(error, folder, "creating the run folder", "nothing was started") from error
+
+
+def check_writable(folder: Path) -> None:
+    """Write a probe before minutes go into loading a model. Raises: EngineError E6."""
+    probe = folder / f".probe-{os.getpid()}"
+    try:
+        probe.write_bytes(b"probe" * 1000)
+    except OSError as error:
+        raise storage_error(error, folder, "writing to the run folder", "nothing was started") from error
+    finally:
+        probe.unlink(missing_ok=True)
+    check_space(folder, _LEAST_FREE)
+
+
+def check_space(folder: Path, need: int) -> None:
+    """Raises: EngineError E6.2 where less than `need` bytes are free."""
+    free = free_bytes(folder)
+    if free < need:
+        raise EngineError(
+            "E6.2",
+            f"not enough space for this run: {need >> 20} MiB needed, {free >> 20} MiB free",
+            str(folder),
+            "nothing was started",
+            "free some space, or choose another experiment.output_dir or output_root",
+        )

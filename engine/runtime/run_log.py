@@ -1,0 +1,98 @@
+"""The log of a run: everything to `train.log`, the important lines to the console."""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+from unicodedata import east_asian_width
+
+if TYPE_CHECKING:
+    pass
+
+_WIDTH = 100  # columns of the console
+log = logging.getLogger("engine")
+
+
+def wrap(line: str, width: int = _WIDTH) -> list[str]:
+    """A line cut at spaces to so many columns of a terminal, where Hangul takes two; what follows is indented."""
+    lines, used = [""], 0
+
+    def columns_of(text: str) -> int:
+        return sum(2 if east_asian_width(letter) in "WF" else 1 for letter in text)
+
+    for word in re.findall(r"\s*\S+", line):  # each with the spaces before it, which separate fields
+        if used and used + columns_of(word) > width:
+            lines.append("")
+            word, used = f"  {word.lstrip()}", 0
+        lines[-1] += word
+        used += columns_of(word)
+    return lines
+
+
+class _Console(logging.Handler):
+    """Lines of at most 100 columns on stderr, written above a progress bar where one is drawn."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = (
+            record.getMessage()
+            if record.levelno < logging.WARNING
+            else f"{record.levelname.lower()}: {record.getMessage()}"
+        )
+        lines = [part for line in text.splitlines() for part in wrap(line)]
+        if "tqdm" in sys.modules:
+            sys.modules["tqdm"].tqdm.write("\n".join(lines), file=sys.stderr)
+        else:
+            print("\n".join(lines), file=sys.stderr, flush=True)
+
+
+class _Early(logging.Handler):
+    """Keeps what is said before there is a file to write it to."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.DEBUG)
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+
+class RunLog:
+    """The loggers under `engine`: everything to `train.log`, the important lines to the console, on the main rank."""
+
+    def __init__(self, is_main: bool, *, console: bool = True) -> None:
+        self.is_main = is_main
+        self.handlers: list[logging.Handler] = []
+        log.setLevel(logging.DEBUG)
+        log.propagate = False
+        if is_main:
+            self._early = _Early()
+            self._add(self._early)
+        if is_main and console:
+            handler = _Console(logging.INFO)
+            self._add(handler)
+        if not is_main:
+            self._add(logging.NullHandler())
+
+    def _add(self, handler: logging.Handler) -> None:
+        self.handlers.append(handler)
+        log.addHandler(handler)
+
+    def open(self, folder: Path) -> None:
+        """Start `train.log`; a resumed run continues it."""
+        if not self.is_main:
+            return
+        handler = logging.FileHandler(folder / "train.log", encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
+        for record in self._early.records:
+            handler.handle(record)
+        log.removeHandler(self._early)
+        self._add(handler)
+
+    def close(self) -> None:
+        for handler in self.handlers:
+            log.removeHandler(handler)
+            handler.close()
+        self.handlers = []

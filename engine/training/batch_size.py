@@ -1,0 +1,82 @@
+"""Find the micro-batch that fits in memory before the first update, at the same effective batch."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from engine.errors import EngineError
+from engine.runtime.exits import classify
+from engine.training.losses import summed_cross_entropy
+
+if TYPE_CHECKING:
+    from engine.data.encode import Feature
+    from engine.models.build import ModelBundle
+    from engine.recipe.schema import Recipe
+    from engine.runtime.process import Runtime
+
+log = logging.getLogger("engine.train")
+
+
+def with_fitting_batch(
+    recipe: Recipe, model: nn.Module, bundle: ModelBundle, features: list[Feature], runtime: Runtime
+) -> Recipe:
+    """The recipe with the largest micro-batch whose forward and backward pass fits, and the accumulation that keeps the
+    effective batch. Tried on the longest rows, so that no later update needs more. All ranks agree at each try.
+
+    Raises:
+        EngineError: E8 where not even one row fits.
+    """
+    training = recipe.training
+    rows = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    longest = sorted(features, key=lambda feature: -feature.length)
+    micro = training.per_device_train_batch_size
+    while not _fits(model, bundle, longest[:micro], runtime, training.label_smoothing):
+        if micro == 1:
+            raise EngineError(
+                "E8.2",
+                f"a single row of {longest[0].length} tokens does not fit in memory",
+                "training.auto_batch_size",
+                "nothing was trained",
+                "set training.gradient_checkpointing=true or lower data.max_source_length",
+            )
+        micro = largest_divisor(rows, below=micro // 2 + 1)
+        log.warning("out of memory: trying micro-batches of %d rows", micro)
+    found = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": rows // micro}
+    log.info("auto_batch_size: %d rows x %d accumulated", micro, rows // micro)
+    # Recorded as plain settings: a rerun or a resume of this recipe trains the same updates without trying again.
+    settings = training.model_copy(update=found | {"auto_batch_size": False})
+    return recipe.model_copy(update={"training": settings})
+
+
+def largest_divisor(number: int, *, below: int) -> int:
+    """The largest divisor of `number` that is smaller than `below`."""
+    return max(divisor for divisor in range(1, max(2, below)) if number % divisor == 0)
+
+
+def _fits(model: nn.Module, bundle: ModelBundle, rows: list[Feature], runtime: Runtime, label_smoothing: float) -> bool:
+    """Whether one micro-batch's forward and backward pass fits on every rank; leaves gradients and random streams alone."""
+    random_state = runtime.random_state()
+    failed = False
+    try:
+        with runtime.accelerator.no_sync(model):  # a rank that fails must not leave others waiting for its gradients
+            with runtime.autocast():
+                loss = summed_cross_entropy(
+                    model, runtime.to_device(bundle.collate(rows)), label_smoothing=label_smoothing
+                )
+            loss.backward()
+            del loss
+    except (RuntimeError, MemoryError) as error:
+        if classify(error).exit_code != 8:
+            raise
+        failed = True
+    bundle.model.zero_grad(set_to_none=True)
+    gc.collect()
+    if runtime.device.type == "cuda":
+        torch.cuda.empty_cache()
+    runtime.restore_random_state(random_state)
+    return not runtime.any_rank(failed)

@@ -1,0 +1,170 @@
+"""The end of a run: the best weights as `final_model/`, predictions of the test split, `results.json`, `results.csv`."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+import os
+import platform
+import shutil
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engine.errors import EngineError
+from engine.models import weights
+from engine.runtime.atomic import read_json, write_json_atomically, write_text_atomically
+from engine.runtime.lock import taking_turns
+from engine.runtime.run_status import STATUS
+from engine.training import evaluation
+from engine.training.setup import Splits, split_of
+from engine.training.tracking import read_rows, strict_json, write_predictions
+
+if TYPE_CHECKING:
+    from engine.runtime.process import Runtime
+    from engine.training.job import Job
+
+log = logging.getLogger("engine.train")
+_NOT_MODEL = {"engine_state", "manifest.json"}
+
+
+def finish(job: Job, splits: Splits) -> dict[str, Any]:
+    """Everything after the last update. Returns the content of `results.json`."""
+    job.progress.close()
+    job.store.wait()
+    best = job.state.best_step if job.state.best_step is not None else job.state.saved_step
+    checkpoint = job.run_dir / f"checkpoint-{best}"
+    with job.runtime.together("writing final_model"):
+        if job.runtime.is_main:
+            publish(checkpoint, job.run_dir)
+    test_metrics = _predict_test(job, splits, checkpoint, best)
+    record = _record(job, best, test_metrics)
+    with job.runtime.together("writing results"):
+        if job.runtime.is_main:
+            append_result(Path(job.recipe.experiment.output_root) / "results.csv", _row(record))
+            write_json_atomically(job.run_dir / "results.json", record)
+    if record["best_value"] is not None:
+        log.info("best at step %d: %s %.4g", best, record["best_metric"], record["best_value"])
+    log.info("final model: %s", record["final_model_path"])
+    return record
+
+
+def publish(checkpoint: Path, run_dir: Path) -> None:
+    """`final_model/`: the checkpoint's model files, the resolved recipe, and nothing that only a resume needs."""
+    final, partial = run_dir / "final_model", run_dir / ".tmp-final_model"
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(checkpoint, partial, ignore=lambda folder, names: _NOT_MODEL & set(names))
+    shutil.copy2(run_dir / "recipe.yaml", partial / "recipe.yaml")
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(partial, final)
+
+
+def _predict_test(job: Job, splits: Splits, checkpoint: Path, step: int) -> dict[str, Any] | None:
+    """Predict the test split with the best weights; scores where it has summaries."""
+    if not splits.test or job.summarizer is None:
+        return None
+    weights.load_weights(job.bundle.model, checkpoint)
+    split = split_of("test", splits.test, job.bundle.text_encoder())
+    result = evaluation.evaluate(
+        job.bundle.model,
+        split,
+        job.runtime,
+        collate=job.bundle.collate,
+        batch_size=job.recipe.evaluation.per_device_eval_batch_size,
+        summarizer=job.summarizer,
+        rouge_tokenizer=job.recipe.evaluation.rouge_tokenizer,
+    )
+    if job.runtime.is_main:
+        write_predictions(job.run_dir / "predictions" / f"test-step{step}.csv", result.rows)
+        if split.targets is not None:
+            log.info("test ROUGE mean %.2f (%s)", result.metrics["rouge_mean"], result.metrics["rouge_tokenizer"])
+    return result.metrics
+
+
+def _record(job: Job, best: int, test_metrics: dict[str, Any] | None) -> dict[str, Any]:
+    state = job.state
+    rows = [row for row in read_rows(job.run_dir / "metrics.jsonl") if row["split"] == "dev" and row["step"] == best]
+    total = state.train_seconds + state.evaluation_seconds
+    return {
+        "run": job.run_dir.name,
+        "final_model_path": str(job.run_dir / "final_model"),
+        "best_step": best,
+        "best_metric": job.recipe.evaluation.metric,
+        "best_value": state.best_value,
+        "metrics": rows[-1] if rows else None,
+        "test_metrics": None if test_metrics is None else json.loads(strict_json(test_metrics)),
+        "last_step": state.step,
+        "skipped_updates": state.skipped,
+        "stop_reason": state.stop_reason or "done",
+        "train_seconds": state.train_seconds,
+        "evaluation_seconds": state.evaluation_seconds,
+        "evaluation_share": state.evaluation_seconds / total if total else 0.0,
+        "model": job.bundle.report | {"name_or_path": job.recipe.model.name_or_path},
+        "world_size": job.runtime.world_size,
+        "versions": {name: version(name) for name in ("torch", "transformers", "accelerate", "peft")}
+        | {"python": platform.python_version()},
+    }
+
+
+def _row(record: dict[str, Any]) -> dict[str, Any]:
+    """One line of results.csv."""
+    metrics = record["metrics"] or {}
+    keys = ("run", "best_step", "best_metric", "best_value", "last_step", "train_seconds", "evaluation_seconds")
+    scores = {key: metrics.get(key) for key in ("loss", "rouge1", "rouge2", "rougeL", "rouge_mean", "rouge_tokenizer")}
+    model = {"model": record["model"]["name_or_path"] or record["model"]["model_type"]}
+    return {key: record[key] for key in keys} | scores | model | {"final_model_path": record["final_model_path"]}
+
+
+def append_result(path: Path, row: Mapping[str, Any]) -> None:
+    """Add one run to `results.csv`, the table of all runs under an output root, or replace that run's row.
+
+    Columns grow as rows bring new ones. A table that somebody made unreadable is left alone, with a warning.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with taking_turns(path.parent):
+        for left_behind in path.parent.glob(f".{path.name}.*.partial"):  # by a kill; nobody else writes now
+            left_behind.unlink(missing_ok=True)
+        try:
+            known = _read_table(path)
+        except ValueError as error:
+            log.warning("%s is left alone (%s); this run's row stands in its results.json", path, error)
+            return
+        rows = [other for other in known if other.get("final_model_path") != row["final_model_path"]] + [row]
+        table = io.StringIO()
+        columns = dict.fromkeys(column for entry in rows for column in entry)
+        writer = csv.DictWriter(table, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_text_atomically(path, table.getvalue())
+
+
+def _read_table(path: Path) -> list[Mapping[str, Any]]:
+    """Raises: ValueError for what is no table of UTF-8 text."""
+    if not path.exists():
+        return []
+    try:
+        rows = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig"), newline=""), strict=True))
+    except csv.Error as error:
+        raise ValueError(str(error)) from error
+    for number, row in enumerate(rows, start=1):
+        if None in row or None in row.values():
+            raise ValueError(f"row {number} does not fit the header")
+    return rows
+
+
+def already_complete(run_dir: Path, runtime: Runtime) -> dict[str, Any]:
+    """What the finished run left. Raises: EngineError E6.7 where that cannot be read any more."""
+    path = run_dir / "results.json"
+    try:
+        record = read_json(path)
+        if not isinstance(record, dict):
+            raise ValueError(f"it holds {record!r}"[:60])
+    except (OSError, ValueError) as error:
+        what = f"the run is complete, but its results cannot be read: {error}"
+        next = f"remove {run_dir / STATUS}; then --resume auto writes the results again, from the last checkpoint"
+        raise EngineError("E6.7", what, str(path), "model and checkpoints are untouched", next) from error
+    log.info("%s is already complete; nothing to do", run_dir)
+    return record

@@ -1,0 +1,273 @@
+"""One training run's parts, and what happens to them between two updates: data in, logs, evaluations and saves out."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from engine.checkpoints.host_copies import weights_of
+from engine.checkpoints.store import EngineState
+from engine.data.collate import IGNORE_INDEX
+from engine.models import build, memory
+from engine.runtime import signals
+from engine.training import evaluation, nonfinite
+from engine.training.state import TrainerState, Update, Window
+from engine.training.tracking import Tracker, write_predictions
+
+if TYPE_CHECKING:
+    from engine.checkpoints.store import CheckpointStore
+    from engine.data.encode import Feature
+    from engine.data.rows import Example
+    from engine.data.windows import WindowSampler
+    from engine.models.build import ModelBundle
+    from engine.prediction.summarizer import Summarizer
+    from engine.recipe.schema import Recipe
+    from engine.runtime.process import Runtime
+
+log = logging.getLogger("engine.train")
+
+
+@dataclass
+class Job:
+    """The parts of one run, as `train()` uses them."""
+
+    recipe: Recipe
+    runtime: Runtime
+    run_dir: Path
+    bundle: ModelBundle
+    model: nn.Module  # bundle.model, wrapped by DistributedDataParallel where there are several ranks
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    scaler: torch.amp.GradScaler
+    sampler: WindowSampler
+    examples: list[Example]
+    features: list[Feature]
+    dev: evaluation.Split | None
+    summarizer: Summarizer | None
+    store: CheckpointStore
+    tracker: Tracker
+    total_windows: int
+    state: TrainerState = field(default_factory=TrainerState)
+
+    def __post_init__(self) -> None:
+        self.supervised = [sum(label != IGNORE_INDEX for label in feature.labels) for feature in self.features]
+        self.progress = self.runtime.progress(
+            total=self.total_windows, initial=self.windows_done, desc="train", unit="update"
+        )
+        self.clock = time.perf_counter()
+
+    # Where we are
+
+    @property
+    def windows_done(self) -> int:
+        return self.state.epoch * self.sampler.updates_per_epoch + self.state.window
+
+    @property
+    def epoch(self) -> float:
+        return self.windows_done / self.sampler.updates_per_epoch
+
+    @property
+    def finished(self) -> bool:
+        if self.state.stop_reason is not None:
+            return True
+        if self.recipe.training.max_steps is not None:
+            return self.state.step >= self.recipe.training.max_steps
+        return self.windows_done >= self.total_windows
+
+    # Data
+
+    def load_window(self, epoch: int, index: int) -> Window:
+        """This rank's micro-batches of one update, with the counts of the whole update: arithmetic, no collective."""
+        rows = self.sampler.global_window(epoch, index)
+        batches = [self._collate(micro, rows) for micro in self.sampler.window(epoch, index)]
+        return Window(
+            batches=batches,
+            tokens=sum(self.supervised[row] for row in rows),
+            cells=sum(self.features[row].length for row in rows),
+            ids=[self.examples[self.features[row].index].id for row in rows],
+        )
+
+    def _collate(self, micro: list[int], rows: list[int]) -> dict[str, Tensor]:
+        if micro:
+            return self.bundle.collate([self.features[row] for row in micro])
+        # The last window had no row left for this rank, which must still take part in the gradients' exchange: a row with
+        # nothing supervised adds zero.
+        batch = self.bundle.collate([self.features[rows[0]]])
+        batch["labels"] = torch.full_like(batch["labels"], IGNORE_INDEX)
+        return batch
+
+    # Logs
+
+    def log_update(self, window: Window, update: Update) -> None:
+        """Add the update to the current interval; every `logging_steps` updates, write a row."""
+        state, training = self.state, self.recipe.training
+        now = time.perf_counter()
+        state.interval_seconds += now - self.clock
+        state.train_seconds += now - self.clock
+        self.clock = now
+        nonfinite.check_skipping(state, self.scaler, training)
+        self.progress.update(1)
+        state.interval_cells += window.cells
+        state.interval_samples += len(window.ids)
+        if not update.applied:
+            return
+        state.interval_loss += update.loss * window.tokens
+        state.interval_tokens += window.tokens
+        if state.step % training.logging_steps == 0 or self.finished:
+            self._write_train_row(window, update)
+
+    def _write_train_row(self, window: Window, update: Update) -> None:
+        state = self.state
+        seconds = max(state.interval_seconds, 1e-9)
+        row = {
+            "split": "train",
+            "step": state.step,
+            "epoch": self.epoch,
+            "loss": state.interval_loss / state.interval_tokens,
+            "learning_rate": update.learning_rate,
+            "grad_norm": update.grad_norm,
+            "tokens_per_second": state.interval_cells / seconds,
+            "samples_per_second": state.interval_samples / seconds,
+            "seconds": state.interval_seconds,
+            "skipped_updates": state.skipped,
+            "peak_memory_gib": memory.measured_peak(self.runtime.device),
+            "sample_ids_sha256": hashlib.sha256("\n".join(window.ids).encode()).hexdigest(),
+        }
+        if self.scaler.is_enabled():
+            row["loss_scale"] = self.scaler.get_scale()
+        self.tracker.log_train(row)
+        self.progress.set_postfix(loss=f"{row['loss']:.4f}", lr=f"{update.learning_rate:.2e}", refresh=False)
+        log.debug("step %d  loss %.4f  grad_norm %.3f", state.step, row["loss"], update.grad_norm)
+        state.interval_loss = state.interval_seconds = 0.0
+        state.interval_tokens = state.interval_cells = state.interval_samples = 0
+
+    # Evaluation
+
+    def evaluation_due(self, update: Update) -> bool:
+        settings, state = self.recipe.evaluation, self.state
+        if self.dev is None or settings.strategy == "no" or state.evaluated_step == state.step:
+            return False
+        if self.finished or (settings.strategy == "epoch" and state.window == 0):
+            return True
+        return settings.strategy == "steps" and update.applied and state.step % settings.steps == 0
+
+    def evaluate(self) -> None:
+        """Score the dev split, remember whether it is the best so far, count towards early stopping."""
+        state, settings = self.state, self.recipe.evaluation
+        result = evaluation.evaluate(
+            self.bundle.model,
+            self.dev,
+            self.runtime,
+            collate=self.bundle.collate,
+            batch_size=settings.per_device_eval_batch_size,
+            summarizer=self.summarizer,
+            rouge_tokenizer=settings.rouge_tokenizer,
+        )
+        state.evaluation_seconds += result.metrics["seconds"]
+        self._judge(result.metrics.get(settings.metric))
+        self._report(result)
+        nonfinite.check_evaluation(result.metrics.get("loss"), state.step, self.scaler, self.recipe.training)
+        self.clock = time.perf_counter()
+
+    def _judge(self, value: float | None) -> None:
+        """Compare with the best so far. A tie keeps the earlier; a missing or NaN value is never the best."""
+        state, training, metric = self.state, self.recipe.training, self.recipe.evaluation.metric
+        state.evaluated_step, state.evaluated_value = state.step, value
+        state.evaluations_without_gain += 1
+        if value is None or not math.isfinite(value):
+            log.warning("evaluation.metric %s is %s at step %d; it cannot be the best", metric, value, state.step)
+        else:
+            sign = 1.0 if evaluation.HIGHER_IS_BETTER[metric] else -1.0
+            gain = math.inf if state.best_value is None else sign * (value - state.best_value)
+            if gain > training.early_stopping_threshold:
+                state.evaluations_without_gain = 0
+            if gain > 0:
+                state.best_step, state.best_value = state.step, value
+        patience = training.early_stopping_patience
+        if patience is not None and state.evaluations_without_gain >= patience and not self.finished:
+            state.stop_reason = f"no better {metric} in {patience} evaluations"
+            log.info("stopping early at step %d: %s", state.step, state.stop_reason)
+
+    def _report(self, result: evaluation.Evaluation) -> None:
+        row = {"split": self.dev.name, "step": self.state.step, "epoch": self.epoch} | result.metrics
+        self.tracker.log_eval(row)
+        if not (self.runtime.is_main and result.rows):
+            log.info("step %d  dev loss %.4f", self.state.step, row["loss"])
+            return
+        count = self.recipe.evaluation.num_samples
+        samples = result.rows[:: max(1, len(result.rows) // max(1, count))][:count]
+        write_predictions(self.run_dir / "predictions" / f"{self.dev.name}-step{self.state.step}.csv", result.rows)
+        self.tracker.log_samples(self.state.step, samples)
+        log.info(
+            "step %d  epoch %.2f  dev loss %.4f  ROUGE-1/2/L %.2f / %.2f / %.2f (%s)  capped %.0f%%  %.1f s%s",
+            self.state.step,
+            self.epoch,
+            row["loss"],
+            row["rouge1"],
+            row["rouge2"],
+            row["rougeL"],
+            row["rouge_tokenizer"],
+            100 * row["capped_rate"],
+            row["seconds"],
+            "  best so far" if self.state.best_step == self.state.step else "",
+        )
+        for sample in samples[:1]:
+            log.info("  reference:  %s", sample["reference"])
+            log.info("  prediction: %s", sample["prediction"])
+
+    # Saving
+
+    def save_due(self, update: Update) -> bool:
+        checkpoint, state = self.recipe.checkpoint, self.state
+        if state.saved_step == state.step:
+            return False
+        if self.finished or state.best_step == state.step or (checkpoint.strategy == "epoch" and state.window == 0):
+            return True
+        return checkpoint.strategy == "steps" and update.applied and state.step % checkpoint.steps == 0
+
+    def save(self) -> None:
+        """Write checkpoint-<step>: the model as a plain folder, and everything a resume needs."""
+        state, metric = self.state, self.recipe.evaluation.metric
+        if state.saved_step == state.step:
+            return
+        nonfinite.check_weights(self.bundle.model, state.step)
+        self.tracker.sync()
+        state.saved_step = state.step
+        known = state.best_step is not None
+        scored = state.evaluated_step == state.step and state.evaluated_value is not None
+        self.store.save(
+            state.step,
+            EngineState(
+                position=state.to_dict(),
+                best={"step": state.best_step, "metric": metric, "value": state.best_value} if known else None,
+                optimizer=self.optimizer.state_dict(),
+                scheduler=self.schedule.state_dict(),
+                scaler=self.scaler.state_dict(),
+                rng=self.runtime.random_state(),
+            ),
+            weights=lambda: weights_of(self.bundle.model),
+            write_model=lambda folder, weights: build.save_model(self.bundle, folder, state_dict=weights),
+            metrics={metric: state.evaluated_value} if scored and math.isfinite(state.evaluated_value) else None,
+        )
+        self.clock = time.perf_counter()
+
+    # Signals
+
+    def answer_signals(self) -> None:
+        """Between two updates: SIGUSR1 saves and goes on, SIGTERM and SIGINT save and stop. All ranks answer alike."""
+        self.runtime.status.step = self.state.step
+        request = self.runtime.requests()
+        if request == signals.NOTHING or self.finished:
+            return
+        self.save()
+        if request == signals.STOP:
+            self.store.wait()
+            self.runtime.stop(saved=True)

@@ -1,0 +1,91 @@
+"""Parameter groups, optimizers, and learning-rate schedules counted in optimizer updates."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from engine.errors import EngineError
+
+if TYPE_CHECKING:
+    from engine.recipe.schema import Training
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Trainable parameters in two groups: decayed, and biases and normalisation weights, which are not.
+
+    One-dimensional parameters are the biases and the norms of the models trained here (LayerNorm, RMSNorm); T5's table of
+    relative attention biases is a bias with two dimensions, told by its name.
+    """
+    decayed, exempt = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (exempt if parameter.ndim < 2 or "bias" in name else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(groups: list[dict[str, Any]], training: Training, device: torch.device) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter, 2019) by torch, or one of bitsandbytes' with 8-bit or paged state.
+
+    Raises:
+        EngineError: E2 when a paged optimizer is asked for without CUDA, whose unified memory it lives in.
+    """
+    settings = {
+        "lr": training.learning_rate,
+        "betas": (training.adam_beta1, training.adam_beta2),
+        "eps": training.adam_epsilon,
+    }
+    if training.optim == "adamw":
+        # Unfused on purpose under fp16: GradScaler cannot tell a skipped fused step from a taken one.
+        return torch.optim.AdamW(groups, **settings)
+    if training.optim.startswith("paged") and device.type != "cuda":
+        raise EngineError(
+            "E2.20",
+            f"training.optim: {training.optim} keeps its state in CUDA unified memory, and this run has no GPU",
+            f"device {device}",
+            "nothing was started",
+            "set training.optim=adamw or adamw_8bit",
+        )
+    import bitsandbytes
+
+    factories = {
+        "adamw_8bit": bitsandbytes.optim.AdamW8bit,
+        "paged_adamw_32bit": bitsandbytes.optim.PagedAdamW32bit,
+        "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit,
+    }
+    return factories[training.optim](groups, **settings)
+
+
+def warmup_updates(training: Training, total_updates: int) -> int:
+    """Updates of linear warm-up: `warmup_steps` if set, else `warmup_ratio` of the total, rounded up."""
+    if training.warmup_steps is not None:
+        return training.warmup_steps
+    return math.ceil(training.warmup_ratio * total_updates)
+
+
+def build_schedule(
+    optimizer: torch.optim.Optimizer, training: Training, total_updates: int
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """Learning rate as a function of the number of updates made, independent of ranks and accumulation.
+
+    The schedule is stepped once after each update that was really made, and is not given to Accelerate, whose wrapper would
+    step it once per process. The factors are those of transformers' `get_scheduler`.
+    """
+    warmup = warmup_updates(training, total_updates)
+    kind = training.lr_scheduler_type
+
+    def factor(update: int) -> float:
+        if kind != "constant" and update < warmup:
+            return update / max(1, warmup)
+        progress = min(1.0, (update - warmup) / max(1, total_updates - warmup))
+        if kind == "cosine":
+            return 0.5 * (1.0 + math.cos(math.pi * progress))
+        if kind == "linear":
+            return 1.0 - progress
+        return 1.0
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

@@ -1,0 +1,173 @@
+"""What a run tells while it trains: metrics.jsonl, TensorBoard, W&B, sample tables, and the table of all runs.
+
+metrics.jsonl is the record of truth; the trackers show the same rows. After a crash both continue without showing a step
+twice: rows past the resumed step are cut from the file, and TensorBoard is told to purge them.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import logging
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from engine.runtime.atomic import fsync_file, write_text_atomically
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from engine.recipe.schema import Recipe
+
+log = logging.getLogger("engine.train")
+_NOT_SCALARS = {"split", "step", "rouge_tokenizer", "rouge_tokenizer_version", "sample_ids_sha256"}
+
+
+def strict_json(row: Mapping[str, Any]) -> str:
+    """One line of strict JSON: a NaN or an infinity becomes null, and its name is listed under `non_finite`."""
+    bad = [key for key, value in row.items() if isinstance(value, float) and not math.isfinite(value)]
+    clean = {key: None if key in bad else value for key, value in row.items()}
+    if bad:
+        clean["non_finite"] = bad
+    return json.dumps(clean, ensure_ascii=False, allow_nan=False)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a metrics.jsonl. A last line that a crash cut short, and what else is no row, is left out."""
+    return [row for row in _parse(path) if row is not None]
+
+
+def _parse(path: Path) -> Iterator[dict[str, Any] | None]:
+    """One item per finished line, None where something has damaged it."""
+    if not path.exists():
+        return
+    for line in path.read_bytes().split(b"\n")[:-1]:  # what follows the last newline was never finished
+        try:
+            row = json.loads(line)
+            yield row if isinstance(row["step"], int) and isinstance(row["split"], str) else None
+        except (ValueError, KeyError, TypeError):
+            yield None
+
+
+class Tracker:
+    """Writes one run's rows; on ranks other than the main one every method does nothing.
+
+    Args:
+        run_dir: the run folder.
+        accelerator: its trackers get the scalars, under `train/<key>` and `eval/<key>`, x axis = optimizer update.
+        recipe: names the trackers and is shown as hyperparameters.
+        resumed_step: last update that the resumed checkpoint contains; None for a fresh start.
+    """
+
+    def __init__(
+        self, run_dir: Path, accelerator: Accelerator, recipe: Recipe, resumed_step: int | None = None
+    ) -> None:
+        self.run_dir, self.accelerator, self.is_main = run_dir, accelerator, accelerator.is_main_process
+        self.metrics_path = run_dir / "metrics.jsonl"
+        if not self.is_main:
+            return
+        if resumed_step is not None:
+            self._forget_after(resumed_step, recipe.training.logging_steps)
+        accelerator.log_with = self._trackers(recipe, resumed_step)
+        accelerator.init_trackers(recipe.tracking.wandb_project, config=_flat(recipe.model_dump(mode="json")))
+
+    def _trackers(self, recipe: Recipe, resumed_step: int | None) -> list[Any]:
+        # Built here because the run folder did not exist yet when the Accelerator was made.
+        from accelerate.tracking import TensorBoardTracker, WandBTracker
+
+        trackers: list[Any] = []
+        if "tensorboard" in recipe.tracking.report_to:
+            purge = None if resumed_step is None else resumed_step + 1
+            trackers.append(TensorBoardTracker("", str(self.run_dir / "tensorboard"), purge_step=purge))
+        if "wandb" in recipe.tracking.report_to:
+            settings = {"name": self.run_dir.name, "dir": str(self.run_dir), "resume": "allow", "id": self.run_dir.name}
+            trackers.append(WandBTracker(recipe.tracking.wandb_project, **settings))
+        return trackers
+
+    def _forget_after(self, step: int, logging_steps: int) -> None:
+        """Cut what the resumed checkpoint does not contain; tell what it contains and the file has lost."""
+        path = self.metrics_path
+        found = list(_parse(path))
+        if None in found:
+            aside = path.with_name("metrics.damaged.jsonl")
+            shutil.copyfile(path, aside)
+            log.warning("%d lines of %s are no rows; the file as it was is kept in %s", found.count(None), path, aside)
+        rows = [row for row in found if row is not None and row["step"] <= step]
+        logged = [0, *sorted(row["step"] for row in rows if row["split"] == "train")]
+        usual = max([logging_steps, *(after - before for before, after in itertools.pairwise(logged))])
+        if step - logged[-1] >= usual:  # `logging_steps` may change from one attempt to the next
+            log.warning(
+                "%s has lost its rows from step %d on; the run goes on after step %d", path, logged[-1] + 1, step
+            )
+        write_text_atomically(path, "".join(strict_json(row) + "\n" for row in rows))
+
+    def sync(self) -> None:
+        """Force the rows to the disk, before a checkpoint that builds on them."""
+        if self.is_main and self.metrics_path.exists():
+            fsync_file(self.metrics_path)
+
+    def log_train(self, row: Mapping[str, Any]) -> None:
+        """`row` follows the contract's train keys; `step` counts optimizer updates."""
+        self._write(row, "train")
+
+    def log_eval(self, row: Mapping[str, Any]) -> None:
+        """`row` follows the contract's eval keys; its `split` names the data."""
+        self._write(row, "eval" if row["split"] == "dev" else row["split"])
+
+    def _write(self, row: Mapping[str, Any], group: str) -> None:
+        if not self.is_main:
+            return
+        with self.metrics_path.open("a", encoding="utf-8") as handle:
+            handle.write(strict_json(row) + "\n")
+        scalars = {
+            f"{group}/{key}": value
+            for key, value in row.items()
+            if key not in _NOT_SCALARS and isinstance(value, int | float) and math.isfinite(value)
+        }
+        self.accelerator.log(scalars, step=row["step"])
+
+    def log_samples(self, step: int, rows: Sequence[Mapping[str, str]]) -> None:
+        """Show dialogue, reference and prediction of a few rows as a Markdown table."""
+        if not (self.is_main and rows):
+            return
+        columns = ("id", "dialogue", "reference", "prediction")
+        lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+        lines += ["| " + " | ".join(_cell(row[column]) for column in columns) + " |" for row in rows]
+        self.accelerator.log({"eval/samples": "\n".join(lines)}, step=step)
+
+    def close(self) -> None:
+        """Flush and close the trackers. Does not touch the process group."""
+        if self.is_main:
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
+            self.accelerator.trackers = []
+
+
+def write_predictions(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
+    """`predictions/<split>-step<step>.csv`: id, dialogue, reference, prediction; newlines stay inside quoted cells."""
+    path.parent.mkdir(exist_ok=True)
+    partial = path.with_suffix(".csv.partial")
+    with partial.open("w", encoding="utf-8", newline="") as handle:
+        writer = csv.DictWriter(handle, fieldnames=["id", "dialogue", "reference", "prediction"], extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(partial, path)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", "<br>")
+
+
+def _flat(sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Hyperparameters as TensorBoard takes them: one level, plain values."""
+    plain = (int, float, str, bool)
+    return {
+        f"{section}.{key}": value if isinstance(value, plain) else str(value)
+        for section, values in sections.items()
+        for key, value in values.items()
+    }

@@ -1,0 +1,73 @@
+"""`results.csv`, the table of all runs: no row is lost, whoever writes beside us and whatever was done to the file."""
+
+from __future__ import annotations
+
+import csv
+import multiprocessing
+
+import pytest
+
+from engine.training.finish import append_result
+
+
+def row_of(folder: str, value: float = 1.0) -> dict:
+    return {"run": "run", "best_value": value, "final_model_path": f"{folder}/run/final_model"}
+
+
+def rows_of(path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8-sig", newline="") as handle:
+        return list(csv.DictReader(handle))
+
+
+def test_runs_of_the_same_name_are_told_apart_and_a_rerun_replaces_its_row(tmp_path):
+    path = tmp_path / "results.csv"
+    for folder, value in (("/a", 1.0), ("/b", 2.0), ("/a", 3.0)):
+        append_result(path, row_of(folder, value))
+    assert [(row["final_model_path"][:2], row["best_value"]) for row in rows_of(path)] == [("/b", "2.0"), ("/a", "3.0")]
+
+
+def test_what_a_killed_run_left_is_removed(tmp_path):
+    (tmp_path / ".results.csv.99.partial").write_text("run,fin")
+    append_result(tmp_path / "results.csv", row_of("/a"))
+    assert [file.name for file in tmp_path.iterdir()] == ["results.csv"]
+
+
+def _append_many(path, start, name) -> None:
+    start.wait()
+    for number in range(10):
+        append_result(path, row_of(f"/{name}-{number}"))
+
+
+def test_runs_that_end_together_all_get_their_row(tmp_path):
+    """Sweeps end several runs at once; each reads the table and replaces it."""
+    context, path = multiprocessing.get_context("fork"), tmp_path / "results.csv"
+    start = context.Event()
+    writers = [context.Process(target=_append_many, args=(path, start, name)) for name in range(4)]
+    for writer in writers:
+        writer.start()
+    start.set()
+    for writer in writers:
+        writer.join()
+    assert len(rows_of(path)) == 40 and [file.name for file in tmp_path.iterdir()] == ["results.csv"]
+
+
+def test_a_table_with_columns_and_marks_of_others_is_kept(tmp_path):
+    """A spreadsheet adds a byte order mark, its user a column."""
+    path = tmp_path / "results.csv"
+    path.write_text("run,final_model_path,memo\nold,/old/final_model,좋음\n", encoding="utf-8-sig")
+    append_result(path, row_of("/a"))
+    old, new = rows_of(path)
+    assert (old["run"], old["memo"], new["run"], new["memo"]) == ("old", "좋음", "run", "")
+
+
+@pytest.mark.parametrize(
+    "content", ["이름,값\n".encode("cp949"), b"run\nold,more,cells\n", b"a,b\n\0\0,1\n", b'a\n"torn']
+)
+def test_a_table_that_cannot_be_read_is_left_alone(tmp_path, content, caplog):
+    path = tmp_path / "results.csv"
+    path.write_bytes(content)
+    append_result(path, row_of("/a"))
+    if path.read_bytes() == content:
+        assert "results.json" in caplog.text
+    else:
+        assert rows_of(path)[-1]["run"] == "run" and content.splitlines()[-1] in path.read_bytes()

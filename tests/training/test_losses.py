@@ -1,0 +1,73 @@
+"""The summed loss: equal to the plain model's mean, whatever is padded or masked; only supervised positions meet the head."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from torch.nn import functional as F
+
+from engine.data.collate import IGNORE_INDEX
+from engine.training.losses import aligned_labels, summed_cross_entropy, supervised_tokens
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_equals_the_plain_forward_pass(family):
+    model, batch = tiny.model(family), tiny.batch_for(family)
+    ours = summed_cross_entropy(model, batch)
+    plain = model(**batch).loss * supervised_tokens(batch)
+    assert torch.allclose(ours, plain, rtol=1e-6)
+
+    ours.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    plain = model(**batch).loss * supervised_tokens(batch)
+    plain.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            assert torch.allclose(gradients[name], parameter.grad, rtol=1e-4, atol=1e-5), name
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_label_smoothing_is_that_of_torch(family):
+    model, batch = tiny.model(family), tiny.batch_for(family)
+    logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
+    labels = aligned_labels(batch)
+    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum", label_smoothing=0.1)
+    assert torch.allclose(summed_cross_entropy(model, batch, label_smoothing=0.1), expected, rtol=1e-6)
+
+
+def test_head_sees_supervised_positions_only_and_is_left_as_found():
+    model, batch = tiny.model("qwen3"), tiny.causal_batch()
+    seen = []
+    handle = model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(tuple(output.shape)))
+    summed_cross_entropy(model, batch)
+    assert seen == [(int(supervised_tokens(batch)), model.lm_head.weight.shape[0])]
+    handle.remove()
+    assert not model.lm_head._forward_pre_hooks
+    assert model(input_ids=batch["input_ids"]).logits.shape[:2] == batch["input_ids"].shape
+
+
+def test_hook_is_removed_after_an_error():
+    model, batch = tiny.model("llama"), tiny.causal_batch()
+    batch["attention_mask"] = "not a tensor"
+    with pytest.raises((AttributeError, TypeError)):
+        summed_cross_entropy(model, batch)
+    assert not model.lm_head._forward_pre_hooks
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_nothing_supervised_adds_zero_and_reaches_every_parameter(family):
+    model, batch = tiny.model(family), tiny.batch_for(family)
+    batch["labels"] = torch.full_like(batch["labels"], IGNORE_INDEX)
+    loss = summed_cross_entropy(model, batch)
+    assert loss.item() == 0.0 and supervised_tokens(batch).item() == 0
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and not parameter.grad.any(), name
+
+
+def test_causal_shift_counts_what_it_trains():
+    batch = {"labels": torch.tensor([[IGNORE_INDEX, 7, 8], [9, IGNORE_INDEX, 5]])}
+    assert aligned_labels(batch).tolist() == [[7, 8, IGNORE_INDEX], [IGNORE_INDEX, 5, IGNORE_INDEX]]
+    assert supervised_tokens(batch).item() == 3  # the label at position 0 has nothing before it to predict it from

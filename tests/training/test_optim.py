@@ -1,0 +1,81 @@
+"""Weight decay groups, schedules against transformers' own, optimizers on the CPU."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+
+from engine.errors import EngineError
+from engine.recipe.schema import Training
+from engine.training import optim
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_decay_groups_are_those_of_the_trainer(family, tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    model = tiny.model(family)
+    trainer = Trainer(model=model, args=TrainingArguments(output_dir=str(tmp_path), report_to=[]))
+    decayed = set(trainer.get_decay_parameter_names(model)) & {
+        name for name, _ in model.named_parameters()
+    }  # tied: once
+    groups = optim.parameter_groups(model, 0.1)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    ours = {names[id(p)] for group in groups if group["weight_decay"] > 0 for p in group["params"]}
+    everything = {names[id(p)] for group in groups for p in group["params"]}
+    assert ours == decayed and everything == set(names.values())
+
+
+def test_frozen_parameters_are_left_out():
+    model = tiny.model("llama")
+    model.model.embed_tokens.weight.requires_grad_(False)
+    groups = optim.parameter_groups(model, 0.1)
+    assert not any(p is model.model.embed_tokens.weight for group in groups for p in group["params"])
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear", "constant", "constant_with_warmup"])
+@pytest.mark.parametrize("warmup", [{"warmup_steps": 0}, {"warmup_steps": 7}, {"warmup_ratio": 0.15}])
+def test_schedule_equals_transformers(kind, warmup):
+    from transformers import get_scheduler
+
+    total = 41
+    training = Training(lr_scheduler_type=kind, learning_rate=1e-3, **warmup)
+
+    def rates(build) -> list[float]:
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
+        schedule = build(optimizer)
+        values = []
+        for _ in range(total + 5):
+            values.append(schedule.get_last_lr()[0])
+            optimizer.step()
+            schedule.step()
+        return values
+
+    ours = rates(lambda optimizer: optim.build_schedule(optimizer, training, total))
+    steps = optim.warmup_updates(training, total)
+    theirs = rates(lambda optimizer: get_scheduler(kind, optimizer, num_warmup_steps=steps, num_training_steps=total))
+    assert ours[:total] == pytest.approx(theirs[:total], rel=1e-12, abs=1e-18)
+
+
+def test_warmup_ratio_is_rounded_up_and_steps_win():
+    assert optim.warmup_updates(Training(warmup_ratio=0.1), 41) == 5
+    assert optim.warmup_updates(Training(warmup_ratio=0.1, warmup_steps=2), 41) == 2
+    assert optim.warmup_updates(Training(warmup_ratio=0.1, warmup_steps=0), 41) == 0
+
+
+def test_8bit_optimizer_steps_on_the_cpu():
+    model = tiny.model("llama")
+    groups = optim.parameter_groups(model, 0.0)
+    optimizer = optim.build_optimizer(groups, Training(optim="adamw_8bit"), torch.device("cpu"))
+    before = model.lm_head.weight.detach().clone()
+    model(input_ids=torch.tensor([[5, 6, 7]]), labels=torch.tensor([[5, 6, 7]])).loss.backward()
+    optimizer.step()
+    assert not torch.equal(before, model.lm_head.weight)
+
+
+@pytest.mark.parametrize("name", ["paged_adamw_32bit", "paged_adamw_8bit"])
+def test_paged_optimizers_need_cuda(name):
+    with pytest.raises(EngineError, match="CUDA") as caught:
+        optim.build_optimizer([], Training(optim=name), torch.device("cpu"))
+    assert caught.value.exit_code == 2
