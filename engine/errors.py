@@ -25,18 +25,36 @@ def redact(text: str) -> str:
     return text
 
 
+# What a failure of each kind leaves alone, where the place that raises it does not say it more exactly.
+_SAFE = {
+    USAGE: "nothing was started",
+    DATA: "nothing was started",
+    MODEL: "nothing was loaded",
+    CHECKPOINT: "nothing was changed",
+}
+_SAFE |= dict.fromkeys((BUG, STORAGE, NUMERICS, MEMORY, DISTRIBUTED), "checkpoints are untouched")
+
+
 class EngineError(Exception):
     """A failure with a one-line explanation: what happened, where, what is safe, what to do next.
 
     `code` is "E<exit code>.<detail>", for example "E3.2": the digits before the dot are the exit code, and a code has one
-    meaning wherever it is raised. A failure with several causes at once (a recipe with three wrong keys) lists them in
-    `problems` and prints one line for each.
+    meaning wherever it is raised. `safe` is known by the code unless it is given. A failure with several causes at once (a
+    recipe with three wrong keys) lists them in `problems` and prints one line for each.
     """
 
     def __init__(
-        self, code: str, what: str, where: str = "", safe: str = "", next: str = "", problems: Sequence[str] = ()
+        self,
+        code: str,
+        what: str,
+        where: str = "",
+        next: str = "",
+        *,
+        safe: str | None = None,
+        problems: Sequence[str] = (),
     ) -> None:
-        self.code, self.what, self.where, self.safe, self.next = code, what, where, safe, next
+        self.code, self.what, self.where, self.next = code, what, where, next
+        self.safe = _SAFE.get(self.exit_code, "") if safe is None else safe
         self.problems = tuple(problems)
         super().__init__(str(self))
 
@@ -50,4 +68,10 @@ class EngineError(Exception):
         return "\n".join(f"error {self.code}: {line}" for line in lines)
 
     def __reduce__(self):  # exceptions cross process boundaries in tests and in rank reports
-        return type(self), (self.code, self.what, self.where, self.safe, self.next, self.problems)
+        return _rebuilt, (type(self), self.code, self.what, self.where, self.next, self.safe, self.problems)
+
+
+def _rebuilt(
+    kind: type[EngineError], code: str, what: str, where: str, next: str, safe: str, problems: tuple
+) -> EngineError:
+    return kind(code, what, where, next, safe=safe, problems=problems)

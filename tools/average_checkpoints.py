@@ -35,7 +35,7 @@ _NOT_THE_MODEL = {"manifest.json", "averaging.json", "trainer_state.json"}
 def last_checkpoints(run: Path, count: int) -> list[Path]:
     """The run's latest finished checkpoints, oldest first. Raises EngineError E5 where there are fewer."""
     if not run.is_dir():
-        raise EngineError("E5.61", "no such run folder", str(run), NOTHING_WRITTEN, "check the path")
+        raise EngineError("E5.61", "no such run folder", str(run), "check the path", safe=NOTHING_WRITTEN)
     found = sorted(
         (int(match[1]), folder)
         for folder in run.iterdir()
@@ -44,7 +44,7 @@ def last_checkpoints(run: Path, count: int) -> list[Path]:
     if len(found) < count:
         there = ", ".join(folder.name for _, folder in found) or "none"
         advice = "ask for fewer, or train with a greater checkpoint.save_total_limit"
-        raise EngineError("E5.60", f"--last {count}, but the run holds {there}", str(run), NOTHING_WRITTEN, advice)
+        raise EngineError("E5.60", f"--last {count}, but the run holds {there}", str(run), advice, safe=NOTHING_WRITTEN)
     return [folder for _, folder in found[-count:]]
 
 
@@ -77,7 +77,9 @@ def average(folders: Sequence[Path], weights: Sequence[float] | None, output: Pa
         partial.rename(output)
     except ValueError as error:
         where = ", ".join(map(str, folders))
-        raise EngineError("E4.60", str(error), where, NOTHING_WRITTEN, "average checkpoints of one model") from error
+        raise EngineError(
+            "E4.60", str(error), where, "average checkpoints of one model", safe=NOTHING_WRITTEN
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -95,7 +97,7 @@ class Tensors:
             self.shards[path.name] = list(handle.keys())
             self.files |= dict.fromkeys(handle.keys(), handle)
         if not self.files:
-            raise EngineError("E4.61", "no safetensors weights", str(folder), NOTHING_WRITTEN, "check the path")
+            raise EngineError("E4.61", "no safetensors weights", str(folder), "check the path", safe=NOTHING_WRITTEN)
 
     def read(self, name: str):
         return self.files[name].get_tensor(name)
@@ -168,12 +170,12 @@ def chosen(args: argparse.Namespace) -> tuple[list[Path], Path]:
         except ValueError as error:
             problem = str(error)
     if problem:
-        raise EngineError("E2.62", problem, "command line", NOTHING_WRITTEN, "see --help")
+        raise EngineError("E2.62", problem, "command line", "see --help", safe=NOTHING_WRITTEN)
     steps = "-".join(folder.name.removeprefix("checkpoint-") for folder in folders)
     output = Path(args.output) if args.output else given[0] / f"averaged-{steps}"
     if output.exists():
         raise EngineError(
-            "E2.63", "the output folder exists", str(output), NOTHING_WRITTEN, "remove it, or give --output"
+            "E2.63", "the output folder exists", str(output), "remove it, or give --output", safe=NOTHING_WRITTEN
         )
     return folders, output
 

@@ -36,9 +36,13 @@ def convert(source: str, output: Path, revision: str | None = None) -> Path:
             cannot be had or read, or whose configuration asks for code of its own.
     """
     if os.environ.get(UNSAFE):
-        raise EngineError("E2.40", f"{UNSAFE} is set, which lets pickle files run code", "environment", NOTHING_WRITTEN)
+        raise EngineError(
+            "E2.40", f"{UNSAFE} is set, which lets pickle files run code", "environment", safe=NOTHING_WRITTEN
+        )
     if output.exists():
-        raise EngineError("E2.63", "the output is there already", str(output), NOTHING_WRITTEN, "name a new folder")
+        raise EngineError(
+            "E2.63", "the output is there already", str(output), "name a new folder", safe=NOTHING_WRITTEN
+        )
     from engine.models import hub
 
     folder = Path(source) if Path(source).is_dir() else download(source, revision)
@@ -66,7 +70,7 @@ def download(name: str, revision: str | None) -> Path:
     except Exception as error:  # the client raises many unrelated types; each means that the model cannot be had
         line = next(iter(str(error).splitlines()), type(error).__name__)
         raise EngineError(
-            "E4.1", f"the model cannot be had: {line}", name, NOTHING_WRITTEN, "check the name"
+            "E4.1", f"the model cannot be had: {line}", name, "check the name", safe=NOTHING_WRITTEN
         ) from error
 
 
@@ -86,10 +90,12 @@ def save_weights(folder: Path, output: Path) -> None:
     ) as error:  # pickle, torch and transformers raise what they like at a file they cannot or may not read
         line = next(iter(str(error).splitlines()), type(error).__name__)
         where = f"{folder}/pytorch_model*.bin"
-        raise EngineError("E4.3", f"the weights cannot be read safely: {line}", where, NOTHING_WRITTEN) from error
+        raise EngineError("E4.3", f"the weights cannot be read safely: {line}", where, safe=NOTHING_WRITTEN) from error
     if report["missing_keys"]:
         names = ", ".join(sorted(report["missing_keys"])[:3])
-        raise EngineError("E4.8", f"the weights lack {names}", str(folder), NOTHING_WRITTEN, "download the model again")
+        raise EngineError(
+            "E4.8", f"the weights lack {names}", str(folder), "download the model again", safe=NOTHING_WRITTEN
+        )
     model.save_pretrained(output)
 
 

@@ -63,14 +63,14 @@ def read_predictions(path: Path, id_column: str | None, text_column: str | None)
             columns = list(rows[0] if rows else reader.fieldnames or [])
     except (OSError, ValueError, csv.Error) as error:
         advice = "give a UTF-8 CSV or JSONL file"
-        raise EngineError("E3.50", f"unreadable: {error}", str(path), NOTHING_WRITTEN, advice) from error
+        raise EngineError("E3.50", f"unreadable: {error}", str(path), advice, safe=NOTHING_WRITTEN) from error
     ids = pick(path, columns, id_column, ID_COLUMNS, "--id-column")
     texts = pick(path, columns, text_column, TEXT_COLUMNS, "--text-column")
     found = Predictions(path, ids, texts, {}, {})
     for number, row in enumerate(rows, start=1):
         if row.get(ids) in (None, "") or not isinstance(row.get(texts), str):
             raise EngineError(
-                "E3.52", "no id or no text cell", f"{path} row {number}", NOTHING_WRITTEN, "repair the row"
+                "E3.52", "no id or no text cell", f"{path} row {number}", "repair the row", safe=NOTHING_WRITTEN
             )
         found.candidates.setdefault(str(row[ids]), []).append(row[texts])
         if row.get("reference"):
@@ -84,7 +84,7 @@ def pick(path: Path, columns: Sequence[str], wanted: str | None, usual: Sequence
         if name in columns:
             return name
     what = f"no column {' or '.join(names)}; there are {', '.join(columns) or 'none'}"
-    raise EngineError("E3.51", what, str(path), NOTHING_WRITTEN, f"give {option}")
+    raise EngineError("E3.51", what, str(path), f"give {option}", safe=NOTHING_WRITTEN)
 
 
 def check_ids(files: Sequence[Predictions]) -> list[str]:
@@ -94,9 +94,9 @@ def check_ids(files: Sequence[Predictions]) -> list[str]:
         if odd := set(ids) ^ set(other.candidates):
             first = min(odd)
             what = f"ids differ from those of {files[0].path}: {len(odd)}, such as {first}"
-            raise EngineError("E3.53", what, str(other.path), NOTHING_WRITTEN, "give predictions of the same rows")
+            raise EngineError("E3.53", what, str(other.path), "give predictions of the same rows", safe=NOTHING_WRITTEN)
     if not ids:
-        raise EngineError("E3.53", "no rows", str(files[0].path), NOTHING_WRITTEN, "give files with rows")
+        raise EngineError("E3.53", "no rows", str(files[0].path), "give files with rows", safe=NOTHING_WRITTEN)
     return ids
 
 
@@ -128,7 +128,7 @@ def references_for(args: argparse.Namespace, files: Sequence[Predictions], ids: 
     known = read_predictions(Path(args.references), args.reference_id_column, args.reference_column)
     if missing := [one for one in ids if one not in known.candidates]:
         what = f"no reference for {len(missing)} ids, such as {missing[0]}"
-        raise EngineError("E3.54", what, args.references, NOTHING_WRITTEN, "give references for every prediction")
+        raise EngineError("E3.54", what, args.references, "give references for every prediction", safe=NOTHING_WRITTEN)
     return [known.candidates[one] for one in ids]  # several rows of one id are several references
 
 
@@ -197,7 +197,9 @@ def check_members(subjects: Sequence[Subject], names: Sequence[str]) -> None:
     for subject, name in zip(subjects[1:], names[1:], strict=True):
         if subject.bundle.tokenizer.get_vocab() != vocabulary:
             what = f"its vocabulary is not that of {names[0]}, so probabilities cannot be averaged"
-            raise EngineError("E4.62", what, str(name), NOTHING_WRITTEN, "combine their predictions with mbr instead")
+            raise EngineError(
+                "E4.62", what, str(name), "combine their predictions with mbr instead", safe=NOTHING_WRITTEN
+            )
 
 
 def decode_together(subjects: Sequence[Subject], weights: Sequence[float], overrides: Sequence[str]) -> Decoding:
@@ -222,7 +224,7 @@ def decode_together(subjects: Sequence[Subject], weights: Sequence[float], overr
         )
     except ValueError as error:
         raise EngineError(
-            "E4.63", str(error), "average", NOTHING_WRITTEN, "combine predictions with mbr instead"
+            "E4.63", str(error), "average", "combine predictions with mbr instead", safe=NOTHING_WRITTEN
         ) from error
     best = [hypotheses[0] for hypotheses in n_best]
     texts = [
@@ -241,7 +243,7 @@ def checked_weights(weights: Sequence[float] | None, count: int) -> list[float]:
     try:
         return normalised(weights, count)
     except ValueError as error:
-        raise EngineError("E2.64", str(error), "--weights", NOTHING_WRITTEN, "give one for each member") from error
+        raise EngineError("E2.64", str(error), "--weights", "give one for each member", safe=NOTHING_WRITTEN) from error
 
 
 def write(args: argparse.Namespace, id_column: str, text_column: str, ids: list[str], texts: list[str]) -> None:

@@ -186,8 +186,8 @@ def import_once() -> None:
     import peft  # noqa: F401
     import torch
 
-    import engine.assembly
-    import engine.results  # noqa: F401
+    import engine.training.finish
+    import engine.training.setup  # noqa: F401
 
     torch.set_num_threads(1)
 

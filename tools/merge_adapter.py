@@ -57,10 +57,12 @@ def merge(adapter: Path, output: Path, base: str | None = None, precision: str =
     from engine.models import build, hub
 
     if output.exists():
-        raise EngineError("E2.63", "the output is there already", str(output), NOTHING_WRITTEN, "name a new folder")
+        raise EngineError(
+            "E2.63", "the output is there already", str(output), "name a new folder", safe=NOTHING_WRITTEN
+        )
     if not hub.is_adapter(adapter):
         raise EngineError(
-            "E4.64", "no adapter (adapter_config.json) here", str(adapter), NOTHING_WRITTEN, "check the path"
+            "E4.64", "no adapter (adapter_config.json) here", str(adapter), "check the path", safe=NOTHING_WRITTEN
         )
     stored = stored_precision(adapter, base) if precision == "auto" else precision
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -141,8 +143,8 @@ def compare(
             f"the {name} model differs from the adapter: logits by {worst:.2g} standard deviations (limit {limit:g}), "
             f"{equal} of {total} greedy tokens equal",
             f"{len(DIALOGUES)} dialogues, {precision}",
-            NOTHING_WRITTEN,
             "use the adapter unmerged, or merge with --precision fp32",
+            safe=NOTHING_WRITTEN,
         )
     return result
 

@@ -98,7 +98,7 @@ def screen(
     """Run what has no valid record yet; return one row per recipe, in the order given."""
     names = [Path(recipe).stem for recipe in recipes]
     if len(set(names)) < len(names):
-        raise EngineError("E2.65", "two recipes have the same file name", ", ".join(names), "nothing was started")
+        raise EngineError("E2.65", "two recipes have the same file name", ", ".join(names))
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for recipe, name in zip(recipes, names, strict=True):
@@ -194,13 +194,9 @@ def read(recipe: str, overrides: Sequence[str]) -> Recipe:
     given = [text for text in overrides if not text.startswith("data.train_file=")]
     loaded = load_recipe(recipe, [*given, "data.train_file=not-read", "tokenizer.added_tokens=[]"])
     if loaded.model.init == "random":
-        raise EngineError(
-            "E2.66", "random weights have nothing to screen", f"{recipe}: model.init", "nothing was started"
-        )
+        raise EngineError("E2.66", "random weights have nothing to screen", f"{recipe}: model.init")
     if loaded.data.validation_file is None:
-        raise EngineError(
-            "E2.67", "no rows to score", f"{recipe}: data.validation_file", "nothing was started", "set it to a file"
-        )
+        raise EngineError("E2.67", "no rows to score", f"{recipe}: data.validation_file", "set it to a file")
     return loaded
 
 

@@ -102,7 +102,9 @@ class Subject:
         try:
             return rouge.rouge_rows(texts, self.references, tokenizer)
         except ValueError as error:
-            raise EngineError("E3.40", str(error), self.source, NOTHING_DONE, "choose another tokenizer") from error
+            raise EngineError(
+                "E3.40", str(error), self.source, "choose another tokenizer", safe=NOTHING_DONE
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,7 @@ def open_subject(
     source = input_file or recipe.data.validation_file
     if source is None:
         what = "no rows to decode: the model's recipe names no validation file"
-        raise EngineError("E2.60", what, str(path), NOTHING_DONE, "give --input")
+        raise EngineError("E2.60", what, str(path), "give --input", safe=NOTHING_DONE)
     examples = _read(source, recipe, labelled, limit)
     if recipe.runtime.num_threads is not None:
         torch.set_num_threads(recipe.runtime.num_threads)
@@ -181,7 +183,7 @@ def _read(source: str, recipe: Recipe, labelled: bool, limit: int | None) -> lis
     data = recipe.data
     examples = read_split(data, source, require_summary=labelled, limit=limit)
     if not examples:
-        raise EngineError("E3.41", "no rows", str(source), NOTHING_DONE, "give a file with rows")
+        raise EngineError("E3.41", "no rows", str(source), "give a file with rows", safe=NOTHING_DONE)
     return examples
 
 

@@ -61,7 +61,7 @@ def parse_grid(text: str) -> list[dict[str, Any]]:
     parts = re.split(r"(?:^|\s+)(?:generation\.)?([A-Za-z_]\w*)=", text.strip())
     if len(parts) < 3 or parts[0].strip():
         raise EngineError(
-            "E2.61", f"not a grid: {text!r}", "--grid", "nothing was decoded", "write key=[value,value] key=[...]"
+            "E2.61", f"not a grid: {text!r}", "--grid", "write key=[value,value] key=[...]", safe="nothing was decoded"
         )
     axes: dict[str, list[Any]] = {}
     for key, written in zip(parts[1::2], parts[2::2], strict=True):
@@ -75,13 +75,21 @@ def parse_grid(text: str) -> list[dict[str, Any]]:
                 else "no value"
             )
             raise EngineError(
-                "E2.61", f"{key}={written.strip()}: {why}", "--grid", "nothing was decoded", "write key=[value,value]"
+                "E2.61",
+                f"{key}={written.strip()}: {why}",
+                "--grid",
+                "write key=[value,value]",
+                safe="nothing was decoded",
             )
         axes[key] = document.value if isinstance(document.value, list) else [document.value]
     settings = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
     if len(settings) > MOST_SETTINGS:
         raise EngineError(
-            "E2.61", f"{len(settings)} settings", "--grid", "nothing was decoded", f"at most {MOST_SETTINGS} at once"
+            "E2.61",
+            f"{len(settings)} settings",
+            "--grid",
+            f"at most {MOST_SETTINGS} at once",
+            safe="nothing was decoded",
         )
     return settings
 

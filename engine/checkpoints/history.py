@@ -174,13 +174,10 @@ class History:
                 "E5.3",
                 f"the checkpoint is damaged: {error}",
                 str(folder),
-                "nothing was changed",
                 "use --resume auto to go back to the newest whole one",
             ) from error
         if owner != self.run_id:
-            raise EngineError(
-                "E5.9", "the checkpoint belongs to another run", str(folder), "nothing was changed", "use --resume auto"
-            )
+            raise EngineError("E5.9", "the checkpoint belongs to another run", str(folder), "use --resume auto")
         return folder
 
     def _newest(self) -> Path | None:
@@ -201,7 +198,6 @@ class History:
                 "E5.7",
                 "every checkpoint of this run is damaged",
                 str(self.run_dir),
-                "nothing was changed",
                 "start a new run in another experiment.output_dir",
             )
         self.refuse_strangers(above=-1)
@@ -217,8 +213,8 @@ class History:
                     "E2.35",
                     f"{entry.name} is not this run's, and a later save would need its name",
                     str(entry),
-                    "nothing was changed",
                     "move it away, or choose another experiment.output_dir",
+                    safe="nothing was changed",
                 )
 
     def adopt(self, folder: Path, best: dict[str, Any] | None) -> None:

@@ -71,7 +71,7 @@ def check_allowed(allowed: Sequence[str]) -> None:
     for key in allowed:
         if not _any_match(key, ALLOWABLE):
             what = f"a resumed run cannot change {key}"
-            raise EngineError("E2.34", what, "--allow-change", "nothing was started", "start a new run instead")
+            raise EngineError("E2.34", what, "--allow-change", "start a new run instead")
 
 
 def changes(stored: Mapping[str, Any], current: Mapping[str, Any], allowed: Sequence[str], where: Path) -> list[str]:
@@ -92,9 +92,7 @@ def changes(stored: Mapping[str, Any], current: Mapping[str, Any], allowed: Sequ
         what = f"the rows of one update would change from {_rows(stored)} to {_rows(current)}: " + "; ".join(
             refused.values()
         )
-        raise EngineError(
-            "E5.6", what, str(where), "nothing was changed", "keep ranks x batch size x accumulation as it was"
-        )
+        raise EngineError("E5.6", what, str(where), "keep ranks x batch size x accumulation as it was")
     if refused:
         flags = [f"--allow-change {key}" for key in refused if _any_match(key, ALLOWABLE)]
         step = (
@@ -103,7 +101,7 @@ def changes(stored: Mapping[str, Any], current: Mapping[str, Any], allowed: Sequ
             else "undo the change, or start a new run"
         )
         what = "this run differs from the checkpoint's: " + "; ".join(refused.values())
-        raise EngineError("E5.5", what, str(where), "nothing was changed", step)
+        raise EngineError("E5.5", what, str(where), step)
     return list(differing.values())
 
 

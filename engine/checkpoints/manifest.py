@@ -37,7 +37,7 @@ class DamagedError(Exception):
 def hostile(what: str, where: Path) -> EngineError:
     """The refusal of a checkpoint that no accident makes."""
     return EngineError(
-        "E5.4", what, str(where), "nothing was loaded", "do not use this checkpoint; ask whoever made it"
+        "E5.4", what, str(where), "do not use this checkpoint; ask whoever made it", safe="nothing was loaded"
     )
 
 

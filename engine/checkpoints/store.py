@@ -194,8 +194,8 @@ class CheckpointStore:
                         "E6.4",
                         what,
                         str(self.run_dir),
-                        "earlier checkpoints are untouched",
                         "free some space, then --resume auto",
+                        safe="earlier checkpoints are untouched",
                     )
                 self._temp = self.run_dir / f".tmp-checkpoint-{step}-{secrets.token_hex(4)}"
                 name = self._temp.name
@@ -415,6 +415,5 @@ def refusing(folder: Path) -> Iterator[None]:
             "E5.8",
             f"the checkpoint does not fit this run: {type(error).__name__}: {text}",
             str(folder),
-            "nothing was changed",
             "resume with the recipe and the versions that wrote it, or start a new run",
         ) from error

@@ -167,7 +167,7 @@ class TextEncoder:
     def _chat(self, messages: list[dict[str, str]], *, generate: bool) -> str:
         if not self.tokenizer.chat_template:
             raise EngineError(
-                "E2.70", "the tokenizer has no chat template", "prompt.style", _SAFE, "use prompt.style=instruction"
+                "E2.70", "the tokenizer has no chat template", "prompt.style", "use prompt.style=instruction"
             )
         try:
             return self.tokenizer.apply_chat_template(
@@ -182,7 +182,6 @@ class TextEncoder:
                 "E2.71",
                 f"the chat template refuses the messages: {error}",
                 "prompt.style",
-                _SAFE,
                 "templates without a system role need prompt.system=null",
             ) from error
 
@@ -259,7 +258,6 @@ class TextEncoder:
             "E2.72",
             f"the prompt without any dialogue has {template + around} tokens: there is no room for the dialogue",
             f"data.max_source_length {self.max_source_length}; {row.example.place}",
-            _SAFE,
             f"set data.max_source_length to {template + around + 64} or more",
         )
 
@@ -317,7 +315,7 @@ def _tail(turn: str, fits: Callable[[str], bool]) -> str:
 
 
 def _unsupervised(example: Example, reason: str) -> EngineError:
-    return EngineError("E3.9", f"the row cannot be used: {reason}", example.place, _SAFE, "correct or drop the row")
+    return EngineError("E3.9", f"the row cannot be used: {reason}", example.place, "correct or drop the row")
 
 
 def encode_all(encoder: TextEncoder, examples: Sequence[Example], *, augment: bool = False) -> list[Feature]:
@@ -331,7 +329,6 @@ def encode_all(encoder: TextEncoder, examples: Sequence[Example], *, augment: bo
             "E2.73",
             "plain prompts have no instruction to vary",
             "data.instruction_augmentation",
-            "nothing was trained",
             "set prompt.style to instruction or chat",
         )
     instructions = instruction_variants(encoder.settings) if augment else (None,)

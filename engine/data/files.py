@@ -95,10 +95,10 @@ def _check_file(path: Path) -> None:
         reason = "is a folder" if path.is_dir() else "is no regular file" if path.exists() else "does not exist"
         siblings = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
     except (OSError, ValueError) as error:
-        raise EngineError("E3.1", f"file cannot be read: {error}", _shown_path(path), SAFE, "check the path") from error
+        raise EngineError("E3.1", f"file cannot be read: {error}", _shown_path(path), "check the path") from error
     near = difflib.get_close_matches(path.name, siblings, n=1) if reason == "does not exist" else []
     advice = f"did you mean {near[0]}?" if near else "check the path"
-    raise EngineError("E3.1", f"data file {reason}", _shown_path(path), SAFE, advice)
+    raise EngineError("E3.1", f"data file {reason}", _shown_path(path), advice)
 
 
 def _shown_path(path: Path) -> str:
@@ -113,7 +113,6 @@ def _kind(path: Path) -> str:
             "E3.3",
             f"unknown format {kind or path.name!r}; readable are {', '.join(FORMATS)}, the text formats also with .gz",
             _shown_path(path),
-            SAFE,
             "convert the file or correct its name",
         )
     return kind
@@ -126,7 +125,7 @@ def _load(path: Path) -> tuple[bytes, str | None]:
             return path.read_bytes(), None
         data, broken = _decompress(path)
     except OSError as error:
-        raise EngineError("E3.1", f"file cannot be read: {error}", _shown_path(path), SAFE, "check the file") from error
+        raise EngineError("E3.1", f"file cannot be read: {error}", _shown_path(path), "check the file") from error
     return (data[: data.rfind(b"\n") + 1] if broken else data), broken
 
 
@@ -146,7 +145,7 @@ def _decompress(path: Path) -> tuple[bytes, str | None]:
                 block = member.unused_data.lstrip(b"\0")
             if len(content) > _MAX_EXPANDED:
                 raise EngineError(
-                    "E3.3", "expands to more than 1 GiB", _shown_path(path), SAFE, "decompress it and use the file"
+                    "E3.3", "expands to more than 1 GiB", _shown_path(path), "decompress it and use the file"
                 )
     return bytes(content), None if member is None or member.eof else "the file ends inside it"
 
@@ -156,7 +155,6 @@ def _broken(path: Path, reason: str, last_row: int) -> EngineError:
         "E3.8",
         f"the compressed stream breaks off ({reason}); the last good row is row {last_row}",
         _shown_path(path),
-        SAFE,
         "copy or download the file again",
     )
 
@@ -164,7 +162,7 @@ def _broken(path: Path, reason: str, last_row: int) -> EngineError:
 def _check_content(data: bytes, path: Path) -> None:
     for magic, what in _FOREIGN.items():
         if data.startswith(magic):
-            raise EngineError("E3.3", f"the file is {what}", _shown_path(path), SAFE)
+            raise EngineError("E3.3", f"the file is {what}", _shown_path(path))
 
 
 # Encodings
@@ -173,12 +171,12 @@ def _check_content(data: bytes, path: Path) -> None:
 def _decode(data: bytes, encoding: str, path: Path) -> str:
     wide = next((name for bom, name in _WIDE.items() if data.startswith(bom)), None)
     if encoding == "auto" and wide:
-        raise EngineError("E3.2", f"the file is {wide.upper()}", _shown_path(path), SAFE, f"set data.encoding: {wide}")
+        raise EngineError("E3.2", f"the file is {wide.upper()}", _shown_path(path), f"set data.encoding: {wide}")
     try:
         codec = codecs.lookup("utf-8" if encoding == "auto" else encoding)
     except (LookupError, ValueError) as error:
         raise EngineError(
-            "E3.2", f"unknown encoding {encoding!r}", "data.encoding", SAFE, "auto, utf-8, cp949 or utf-16"
+            "E3.2", f"unknown encoding {encoding!r}", "data.encoding", "auto, utf-8, cp949 or utf-16"
         ) from error
     try:
         text = codec.decode(data, "strict")[0]
@@ -189,7 +187,7 @@ def _decode(data: bytes, encoding: str, path: Path) -> str:
         raise _undecodable(data, error, path) from error
     except Exception as error:  # codecs that are not of text (`hex`, `zip`) fail in their own ways
         raise EngineError(
-            "E3.2", f"{encoding!r} does not decode this file: {error}", _shown_path(path), SAFE, "set data.encoding"
+            "E3.2", f"{encoding!r} does not decode this file: {error}", _shown_path(path), "set data.encoding"
         ) from error
 
 
@@ -215,7 +213,6 @@ def _undecodable(data: bytes, error: UnicodeDecodeError, path: Path) -> EngineEr
         "E3.2",
         f"not {error.encoding.upper()}: byte 0x{data[error.start]:02x} at offset {error.start}, line {line}",
         _shown_path(path),
-        SAFE,
         "set data.encoding to the file's encoding, or save it as UTF-8",
     )
 
@@ -248,7 +245,6 @@ def _parse_csv(text: str, path: Path, broken: str | None) -> Table:
                 "E3.3",
                 f"not valid CSV: {error}; the record begins at line {line}",
                 f"{_shown_path(path)} row {len(records) + 1} (line {line})",
-                SAFE,
                 'quote cells with newlines or quotes in them, and write " as ""',
             ) from error
         if not fields:
@@ -285,7 +281,6 @@ def _json_lines(text: str, path: Path, kind: str) -> Table:
             "E3.3",
             "neither an array of objects nor one object per line",
             _shown_path(path),
-            SAFE,
             'write [{"dialogue": ...}, ...] or one object per line',
         )
     return Table(_keys(records), records)
@@ -297,9 +292,7 @@ def _json_array(text: str, path: Path, broken: str | None) -> Table:
     try:
         values = json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
-        raise EngineError(
-            "E3.3", f"not valid JSON: {_reason(error)}", _shown_path(path), SAFE, "correct the file"
-        ) from error
+        raise EngineError("E3.3", f"not valid JSON: {_reason(error)}", _shown_path(path), "correct the file") from error
     records = [Record(row, None, {}) for row in range(1, len(values) + 1)]
     for record, value in zip(records, values, strict=True):
         _fill(record, value)
@@ -338,7 +331,7 @@ def _parquet(path: Path, columns: Iterable[str]) -> Table:
         import pyarrow.parquet
     except ImportError as error:
         raise EngineError(
-            "E3.3", "parquet needs pyarrow", _shown_path(path), SAFE, "pip install pyarrow, or use CSV"
+            "E3.3", "parquet needs pyarrow", _shown_path(path), "pip install pyarrow, or use CSV"
         ) from error
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
@@ -347,6 +340,6 @@ def _parquet(path: Path, columns: Iterable[str]) -> Table:
             rows = file.read(columns=wanted).to_pylist() if wanted else []
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise EngineError(
-            "E3.3", f"not readable as parquet: {error}", _shown_path(path), SAFE, "write the file again"
+            "E3.3", f"not readable as parquet: {error}", _shown_path(path), "write the file again"
         ) from error
     return Table(names, [Record(row, None, values) for row, values in enumerate(rows, start=1)])

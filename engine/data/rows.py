@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.data.files import NUL, SAFE, Record, Table, read_table
+from engine.data.files import NUL, Record, Table, read_table
 from engine.data.prompts import normalise
 from engine.errors import EngineError
 
@@ -91,7 +91,7 @@ def read_examples(
     wanted = [name for name in (text_column, *names, id_column, topic_column) if name is not None]
     table = read_table(path, encoding=encoding, columns=wanted)
     if not table.records:
-        raise EngineError("E3.6", "the file has no data rows", shown(path, 200), SAFE, "check the file")
+        raise EngineError("E3.6", "the file has no data rows", shown(path, 200), "check the file")
     required = [name for name in wanted if require_summary or name not in names]
     _check_columns(table, required, shown(path, 200))
     summaries = tuple(name for name in names if name in table.columns)
@@ -100,7 +100,7 @@ def read_examples(
     if bad:
         _report_bad_rows(bad, shown(path, 200), on_bad_row, max_bad_rows)
     if not examples:
-        raise EngineError("E3.6", "no usable row is left", shown(path, 200), SAFE, "check the file")
+        raise EngineError("E3.6", "no usable row is left", shown(path, 200), "check the file")
     return examples
 
 
@@ -120,7 +120,6 @@ def _check_columns(table: Table, required: Sequence[str], file: str) -> None:
             "E3.4",
             f"{what}; the columns are {there or 'none'}",
             file,
-            SAFE,
             f"{advice}the names are set by data.text_column, summary_column, id_column (null: number the rows), topic_column",
         )
 
@@ -165,7 +164,6 @@ def _report_bad_rows(bad: list[str], file: str, on_bad_row: str, max_bad_rows: i
         "E3.5",
         f"{count}{allowed}: {'; '.join(bad[:_SHOWN_ROWS])}{more}",
         file,
-        SAFE,
         "correct them, or drop them with data.on_bad_row=skip and data.max_bad_rows",
     )
 
@@ -281,7 +279,6 @@ def check_splits(train: Sequence[Example], validation: Sequence[Example], *, all
         "E3.7",
         f"{len(twice)} of {len(validation)} validation dialogues are also training dialogues: {pairs}{more}",
         validation[0].file,
-        SAFE,
         "take them out of one file, or set data.allow_overlap=true",
     )
 

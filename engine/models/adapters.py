@@ -54,7 +54,6 @@ def enabled(recipe: Recipe) -> bool:
             "E2.56",
             "a 4-bit base cannot be trained itself",
             "lora.enabled=false with quantization.load_in_4bit=true",
-            "nothing was started",
             "set lora.enabled=true or quantization.load_in_4bit=false",
         )
     return recipe.quantization.load_in_4bit if wanted is None else wanted
@@ -86,7 +85,6 @@ def quantization_config(settings: Quantization, precision: str, device: torch.de
             "E4.13",
             f"bitsandbytes cannot be used: {error}",
             "quantization.load_in_4bit",
-            "nothing was loaded",
             "install bitsandbytes for this machine, or set quantization.load_in_4bit=false",
         ) from error
     from transformers import BitsAndBytesConfig
@@ -137,9 +135,7 @@ def target_modules(setting: list[str] | str, model: nn.Module) -> list[str] | st
 
 def _no_targets(what: str, linears: set[str]) -> EngineError:
     names = ", ".join(sorted(name for name in linears if "norm" not in name))
-    return EngineError(
-        "E2.57", what, f"modules with weights: {names}", "nothing was started", "name some of these, or all-linear"
-    )
+    return EngineError("E2.57", what, f"modules with weights: {names}", "name some of these, or all-linear")
 
 
 def attach(
@@ -175,7 +171,7 @@ def attach(
         with _quiet_peft():
             adapted = get_peft_model(model, config)
     except ValueError as error:
-        raise EngineError("E2.57", str(error), "lora", "nothing was started", "change the lora section") from error
+        raise EngineError("E2.57", str(error), "lora", "change the lora section") from error
     for adapter_config in adapted.peft_config.values():
         adapter_config.base_model_name_or_path, adapter_config.revision = base_name, revision
     return finish(adapted, train_rows=settings.train_added_tokens)
@@ -298,11 +294,11 @@ def load(model: nn.Module, folder: Path, *, trainable: bool) -> PeftModel:
     except (RuntimeError, ValueError, KeyError, OSError) as error:
         what = f"the adapter does not fit its base: {first_line(error)}"
         raise EngineError(
-            "E4.8", what, str(folder), "nothing was changed", "name the base it was trained on"
+            "E4.8", what, str(folder), "name the base it was trained on", safe="nothing was changed"
         ) from error
     if missing := sorted(adapter_tensors(adapted).keys() - stored):  # peft leaves these as they were drawn
         what = f"{len(missing)} weights of the adapter are missing, first {missing[0]}"
-        raise EngineError("E4.8", what, str(folder), "nothing was changed", "copy the adapter folder again")
+        raise EngineError("E4.8", what, str(folder), "copy the adapter folder again", safe="nothing was changed")
     return finish(adapted, trainable=trainable)
 
 

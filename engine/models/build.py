@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from engine.errors import EngineError
 from engine.models import adapters, configuration, hub, tokenization, weights
-from engine.models.hub import NOTHING_LOADED, BaseIdentity
+from engine.models.hub import BaseIdentity
 from engine.models.weights import is_adapted, load_weights, unwrap
 
 if TYPE_CHECKING:
@@ -175,7 +175,6 @@ def _model_folder(settings: Model) -> Path | None:
                 "E2.58",
                 "no model: name_or_path is empty and config has no model_type",
                 "model",
-                "nothing was started",
                 "set model.name_or_path, or model.init=random with model.config.model_type",
             )
         return None
@@ -194,7 +193,6 @@ def _base_of_adapter(adapter: Path, settings: Model, lora: bool) -> tuple[Path, 
             "E2.46",
             "the model folder is an adapter, which can only be trained on as one",
             str(adapter),
-            "nothing was started",
             "set lora.enabled=true and model.init=pretrained, or merge it first with tools/merge_adapter.py",
         )
     name, revision = hub.base_of_adapter(adapter)
@@ -217,9 +215,7 @@ def _random_model(
             config, **weights.attention(recipe.model.attn_implementation), dtype=torch.float32
         )
     except Exception as error:  # shapes that do not fit together surface as many types
-        raise EngineError(
-            "E4.9", f"no model can be built: {error}", "model.config", NOTHING_LOADED, "check model.config"
-        ) from error
+        raise EngineError("E4.9", f"no model can be built: {error}", "model.config", "check model.config") from error
     return weights.cast(model, dtype)
 
 
@@ -247,16 +243,10 @@ def check_trainable_dtype(model: nn.Module) -> None:
     wrong = [name for name, p in model.named_parameters() if p.requires_grad and p.dtype != torch.float32]
     if wrong:
         raise EngineError(
-            "E1.10",
-            f"trainable weights not in float32: {', '.join(wrong[:3])}",
-            "model",
-            "nothing was started",
-            "please report this",
+            "E1.10", f"trainable weights not in float32: {', '.join(wrong[:3])}", "model", "please report this"
         )
     if not any(p.requires_grad for p in model.parameters()):
-        raise EngineError(
-            "E2.52", "nothing is trainable", "model and lora", "nothing was started", "check the lora section"
-        )
+        raise EngineError("E2.52", "nothing is trainable", "model and lora", "check the lora section")
 
 
 def describe(
@@ -398,7 +388,7 @@ def _check_rows(model: nn.Module, tokenizer: PreTrainedTokenizerFast, folder: Pa
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         what = f"the tokenizer has {len(tokenizer)} tokens, the model only {rows} rows for them"
-        raise EngineError("E4.15", what, str(folder), NOTHING_LOADED, "take model and tokenizer from one place")
+        raise EngineError("E4.15", what, str(folder), "take model and tokenizer from one place")
 
 
 def _read_prompt(folder: Path, tokenizer: PreTrainedTokenizerFast) -> tuple[PromptSettings, dict[str, int]]:
@@ -420,15 +410,12 @@ def _read_prompt(folder: Path, tokenizer: PreTrainedTokenizerFast) -> tuple[Prom
         lengths = {key: int(record["data"][key]) for key in ("max_source_length", "max_target_length")}
         fingerprint = record["fingerprint"]
     except (KeyError, TypeError, ValueError) as error:
-        raise EngineError(
-            "E4.10", f"prompt settings unreadable: {error}", str(path), NOTHING_LOADED, "restore the file"
-        ) from error
+        raise EngineError("E4.10", f"prompt settings unreadable: {error}", str(path), "restore the file") from error
     if fingerprint != settings.fingerprint(tokenizer.chat_template):
         raise EngineError(
             "E4.10",
             "prompt settings or chat template were changed after training",
             str(path),
-            NOTHING_LOADED,
             "restore the folder as it was saved; a model must be prompted the way it was trained",
         )
     return settings, lengths

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from engine.errors import EngineError
-from engine.models.hub import NOTHING_LOADED, first_line
+from engine.models.hub import first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerFast
@@ -53,12 +53,10 @@ def load_config(settings: Model, folder: Path | None) -> PreTrainedConfig:
             )
     except Exception as error:  # transformers raises many types on a bad configuration
         what = f"model configuration refused: {first_line(error)}"
-        raise EngineError("E4.9", what, where, NOTHING_LOADED, "check model.config and the model type") from error
+        raise EngineError("E4.9", what, where, "check model.config and the model type") from error
     unknown = [key for key in overlay if not hasattr(config, key)]
     if unknown:
-        raise EngineError(
-            "E2.47", f"model.config has no key {', '.join(unknown)}", where, NOTHING_LOADED, "check the spelling"
-        )
+        raise EngineError("E2.47", f"model.config has no key {', '.join(unknown)}", where, "check the spelling")
     if settings.dropout is not None:
         for name in _DROPOUTS:
             if isinstance(getattr(config, name, None), int | float):
@@ -73,7 +71,6 @@ def family(wanted: str, config: PreTrainedConfig) -> str:
             "E2.48",
             f"model.family={wanted}, but a {config.model_type} model is {family}",
             "model.family",
-            NOTHING_LOADED,
             "set model.family=auto",
         )
     return family
@@ -85,7 +82,6 @@ def check_combination(recipe: Recipe, config: PreTrainedConfig, precision: str) 
             "E2.53",
             "T5 overflows in fp16: its activations exceed 65,504",
             "training.precision=fp16",
-            NOTHING_LOADED,
             "set training.precision=bf16 or fp32",
         )
     if recipe.quantization.load_in_4bit and recipe.model.init == "random":
@@ -93,7 +89,6 @@ def check_combination(recipe: Recipe, config: PreTrainedConfig, precision: str) 
             "E2.49",
             "a model with random weights is not quantised: there is nothing to keep",
             "quantization.load_in_4bit",
-            NOTHING_LOADED,
             "train the base first and name its final_model folder in model.name_or_path",
         )
 

@@ -54,9 +54,7 @@ def read_json(path: Path) -> dict[str, Any]:
         if not isinstance(value, dict):
             raise ValueError("not a JSON object")
     except (OSError, ValueError, RecursionError) as error:
-        raise EngineError(
-            "E4.9", f"unreadable model file: {error}", str(path), NOTHING_LOADED, "download it again"
-        ) from error
+        raise EngineError("E4.9", f"unreadable model file: {error}", str(path), "download it again") from error
     return value
 
 
@@ -93,16 +91,13 @@ def check_remote_code_settings(trust_remote_code: bool, revision: str | None) ->
             "E2.54",
             "model.trust_remote_code runs code that came with the model and needs a pinned commit",
             f"model.revision={revision}",
-            NOTHING_LOADED,
             "set model.revision to the 40-digit commit that you have read, or drop trust_remote_code",
         )
 
 
 def _download(name: str, revision: str | None, weights: bool, *, code: bool) -> Path:
     if not _HUB_ID.fullmatch(name):
-        raise EngineError(
-            "E4.1", "no such model folder, and not a hub id either", name, NOTHING_LOADED, "check the path"
-        )
+        raise EngineError("E4.1", "no such model folder, and not a hub id either", name, "check the path")
     from huggingface_hub import snapshot_download
 
     patterns = [pattern for pattern in _HUB_FILES if weights or pattern != "*.safetensors"] + ["*.py"] * code
@@ -125,21 +120,22 @@ def _unavailable(name: str, revision: str | None, error: Exception) -> EngineErr
     kind = type(error).__name__
     if kind == "GatedRepoError":
         advice = "accept the model's licence on its hub page, log in with `hf auth login`, and run again"
-        return EngineError("E4.1", "this model is gated and your account has no access", where, NOTHING_LOADED, advice)
+        return EngineError("E4.1", "this model is gated and your account has no access", where, advice)
     if kind in {"RepositoryNotFoundError", "RevisionNotFoundError"}:
         advice = "check the spelling and the revision; private models need `hf auth login`"
-        return EngineError(
-            "E4.1", "the hub has no such model or revision, and there is no such folder", where, NOTHING_LOADED, advice
-        )
+        return EngineError("E4.1", "the hub has no such model or revision, and there is no such folder", where, advice)
     if isinstance(error, OSError) and getattr(error, "errno", None) is not None:
         return EngineError(
-            "E6.6", f"the download could not be stored: {error}", where, NOTHING_LOADED, "free space or set HF_HOME"
+            "E6.6",
+            f"the download could not be stored: {error}",
+            where,
+            "free space or set HF_HOME",
+            safe=NOTHING_LOADED,
         )
     return EngineError(
         "E4.1",
         "the model is neither in the local hub cache nor can the hub be reached",
         where,
-        NOTHING_LOADED,
         f"on a machine with network run `hf download {name} --local-dir FOLDER`, copy FOLDER here and set "
         "model.name_or_path=FOLDER, or point HF_HOME to a cache that holds it",
     )
@@ -163,7 +159,6 @@ def _check_no_custom_code(path: Path, trusted: bool) -> None:
             "E4.2",
             f"the model ships its own code ({', '.join(found)}), which is not run by default",
             str(path),
-            NOTHING_LOADED,
             "read that code; then set model.trust_remote_code=true and model.revision to the commit you read",
         )
 
@@ -190,11 +185,7 @@ def _check_weights(folder: Path) -> None:
     for shard in shards:
         if not shard.resolve().is_relative_to(boundary):
             raise EngineError(
-                "E4.4",
-                "a weight file is a link that leaves the model folder",
-                str(shard),
-                NOTHING_LOADED,
-                "copy the file in",
+                "E4.4", "a weight file is a link that leaves the model folder", str(shard), "copy the file in"
             )
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLE_SUFFIXES)
     if not shards:
@@ -205,7 +196,6 @@ def _check_weights(folder: Path) -> None:
             "E4.3",
             what,
             str(folder),
-            NOTHING_LOADED,
             "older models come as pickle files: convert once with python tools/convert_weights.py NAME FOLDER",
         )
 
@@ -219,7 +209,6 @@ def _check_shard_index(path: Path) -> None:
                 "E4.4",
                 f"the weight index names {name!r}, which is no safetensors file of this folder",
                 str(path),
-                NOTHING_LOADED,
                 "download the model again from a source you trust",
             )
 
@@ -254,7 +243,7 @@ def check_adapter_config(folder: Path) -> dict[str, Any]:
         problems.append("target_modules")
     if problems:
         what = f"the adapter asks for what is not loaded here: {', '.join(problems)}"
-        raise EngineError("E4.5", what, str(path), NOTHING_LOADED, "use a plain LoRA adapter")
+        raise EngineError("E4.5", what, str(path), "use a plain LoRA adapter")
     return config
 
 
@@ -312,7 +301,7 @@ def _stored(folder: Path) -> Iterator[tuple[str, str, int]]:
                     yield key, part.get_dtype(), math.prod(part.get_shape())
         except (OSError, SafetensorError) as error:
             what = f"unreadable weight file: {first_line(error)}"
-            raise EngineError("E4.8", what, str(shard), NOTHING_LOADED, "download it again") from error
+            raise EngineError("E4.8", what, str(shard), "download it again") from error
 
 
 def trained_on_4_bits(adapter: Path) -> bool:
@@ -326,9 +315,7 @@ def base_of_adapter(adapter: Path) -> tuple[str, str | None]:
     config = check_adapter_config(adapter)
     name = config.get("base_model_name_or_path") or record.get("name")
     if not name:
-        raise EngineError(
-            "E4.11", "the adapter does not say which base it belongs to", str(adapter), NOTHING_LOADED, "name the base"
-        )
+        raise EngineError("E4.11", "the adapter does not say which base it belongs to", str(adapter), "name the base")
     recorded = record.get("name")
     if recorded and not Path(name).is_dir() and Path(recorded).is_dir():
         name = recorded  # the folder was moved together with the project: its relative name still holds
@@ -348,6 +335,5 @@ def check_base(adapter: Path, base_folder: Path) -> None:
                 "E4.11",
                 f"the adapter was trained on another model than this one ({key} differs)",
                 f"{adapter} on {base_folder}",
-                NOTHING_LOADED,
                 f"give it the base it was trained on: {wanted.get('name')}",
             )

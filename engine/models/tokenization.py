@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 from engine.errors import EngineError
 from engine.models import hub
-from engine.models.hub import NOTHING_LOADED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -49,7 +48,6 @@ def for_recipe(recipe: Recipe, model_folder: Path | None, family: str) -> PreTra
                 "E2.50",
                 "a pretrained model keeps its own tokenizer",
                 "tokenizer.train_vocab_size",
-                NOTHING_LOADED,
                 "drop it, or set model.init=random",
             )
         return load_tokenizer(model_folder, trust_remote_code=trusted)
@@ -78,7 +76,6 @@ def _training_texts(recipe: Recipe) -> Iterator[str]:
             "E2.51",
             "no tokenizer is given and there is no training file to train one on",
             "tokenizer.name_or_path",
-            "nothing was started",
             "set data.train_file or tokenizer.name_or_path",
         )
     examples = read_split(settings, settings.train_file, require_summary=True)
@@ -110,7 +107,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
             )
     except Exception as error:  # transformers and tokenizers raise many unrelated types on a bad file
         raise EngineError(
-            "E4.12", f"no usable tokenizer: {error}", str(folder), "nothing was loaded", "set tokenizer.name_or_path"
+            "E4.12", f"no usable tokenizer: {error}", str(folder), "set tokenizer.name_or_path"
         ) from error
     tokenizer.clean_up_tokenization_spaces = False  # it would turn " ." into "." in decoded Korean text as well
     return tokenizer
@@ -143,7 +140,6 @@ def ensure_end_and_pad(tokenizer: PreTrainedTokenizerFast, name: str) -> None:
             "E4.6",
             "the tokenizer has no end token, so a model could never learn to stop",
             name,
-            "nothing was started",
             "choose another tokenizer, or add eos_token to its tokenizer_config.json",
         )
     if tokenizer.pad_token_id is None:
@@ -250,7 +246,6 @@ def check_round_trip(tokenizer: PreTrainedTokenizerFast, added_tokens: Sequence[
                     "E4.7",
                     f"added token {token!r} does not survive: {text!r} comes back as {back!r}",
                     f"tokenizer of {name}",
-                    "nothing was started",
                     "take the token out of tokenizer.added_tokens, or use another tokenizer",
                 )
 
@@ -267,7 +262,6 @@ def _as_reloadable(
             "E4.7",
             "the tokenizer does not come back the same from a saved folder",
             f"tokenizer of {name}",
-            "nothing was started",
             "use another tokenizer",
         )
     return plain
@@ -314,9 +308,7 @@ def train_tokenizer(
 
     sentences = _training_sentences(texts, added_tokens)
     if not sentences:
-        raise EngineError(
-            "E3.33", "no text to train a tokenizer on", "data.train_file", "nothing was started", "check the file"
-        )
+        raise EngineError("E3.33", "no text to train a tokenizer on", "data.train_file", "check the file")
     wanted = (vocabulary_size or DEFAULT_VOCABULARY) - len(added_tokens) - 1  # and the newline
     characters = len(set("".join(sentences)))
     if wanted < len(SPECIAL_TOKENS) + _BYTES + 1:
@@ -325,7 +317,6 @@ def train_tokenizer(
             f"tokenizer.train_vocab_size={vocabulary_size} is too small: bytes, special and added tokens alone take "
             f"{len(SPECIAL_TOKENS) + _BYTES + len(added_tokens) + 2}",
             "recipe",
-            "nothing was started",
             "raise it",
         )
     model = io.BytesIO()
@@ -359,7 +350,6 @@ def train_tokenizer(
             "E2.55",
             f"tokenizer.train_vocab_size={vocabulary_size} is too small for the {characters} characters of the texts",
             "recipe",
-            "nothing was started",
             "raise it",
         ) from error
     return _fast_tokenizer(model.getvalue(), kind, added_tokens, causal)

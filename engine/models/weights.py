@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from engine.errors import EngineError
 from engine.models import adapters, hub
-from engine.models.hub import NOTHING_LOADED, first_line
+from engine.models.hub import first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -67,14 +67,11 @@ def load_folder(
             "E8.2",
             "the device has too little memory for the weights alone",
             str(folder),
-            NOTHING_LOADED,
             "try quantization.load_in_4bit=true",
         ) from error
     except Exception as error:  # transformers raises many unrelated types on a bad folder
         what = f"the weights cannot be loaded: {first_line(error)}"
-        raise EngineError(
-            "E4.8", what, str(folder), NOTHING_LOADED, "check the folder, or download it again"
-        ) from error
+        raise EngineError("E4.8", what, str(folder), "check the folder, or download it again") from error
     if quantization is not None:
         adapters.keep_weights_as_loaded(model)
     missing = sorted(info["missing_keys"])
@@ -84,7 +81,6 @@ def load_folder(
             "E4.8",
             f"{len(missing)} weights are missing and would be random: {names}",
             str(folder),
-            NOTHING_LOADED,
             "use a checkpoint of the whole model with its output head",
         )
     if is_untied(model):
@@ -196,7 +192,11 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
         )
         first = (missing + unexpected + shapes)[0]
         raise EngineError(
-            "E5.10", what, f"{folder}, first {first}", "the model was not changed", "use the checkpoint's own recipe"
+            "E5.10",
+            what,
+            f"{folder}, first {first}",
+            "use the checkpoint's own recipe",
+            safe="the model was not changed",
         )
     for name, tensor in stored.items():
         own[name].copy_(tensor)

@@ -38,7 +38,7 @@ def read_input(path: str, recipe: Recipe) -> list[Example]:
     if path == "-":
         lines = [line.rstrip("\n").replace("\\n", "\n") for line in sys.stdin if line.strip()]
         if not lines:
-            raise EngineError("E3.32", "standard input holds no dialogue", "-", next="write one dialogue per line")
+            raise EngineError("E3.32", "standard input holds no dialogue", "-", "write one dialogue per line")
         return [Example(id=str(i), dialogue=text, references=(), topic=None, row=i + 1) for i, text in enumerate(lines)]
     return read_split(recipe.data, path, require_summary=False)
 
@@ -57,12 +57,12 @@ def check_target(examples: Sequence[Example], options: argparse.Namespace) -> No
             "E2.37",
             f"predictions are written as CSV, or as JSON lines to a name in .jsonl, not to {options.output}",
             "--output",
-            "nothing was decoded",
             "choose another --output",
+            safe="nothing was decoded",
         )
     if options.input != "-" and output.exists() and output.samefile(options.input):
         what = "the output would replace the input"
-        raise EngineError("E2.38", what, str(output), "nothing was decoded", "choose another --output")
+        raise EngineError("E2.38", what, str(output), "choose another --output", safe="nothing was decoded")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         if not os.access(output.parent, os.W_OK):

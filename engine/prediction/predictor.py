@@ -87,8 +87,8 @@ class Predictor:
                 "E2.28",
                 "the model must be prompted the way it was trained",
                 f"prompt.{changed[0]}",
-                "nothing was decoded",
                 f"leave prompt.{changed[0]} out",
+                safe="nothing was decoded",
             )
         if changed:
             bundle.prompt = PromptSettings(**recipe.prompt.model_dump())
@@ -172,9 +172,9 @@ class Predictor:
 
         if isinstance(dialogues, str):
             what = "the dialogues are one text, which would be read letter by letter"
-            raise EngineError("E3.31", what, "dialogues", next="give a list, or use predict_single")
+            raise EngineError("E3.31", what, "dialogues", "give a list, or use predict_single")
         if batch_size < 1:
-            raise EngineError("E2.39", f"batch_size is {batch_size}", "batch_size", next="give 1 or more")
+            raise EngineError("E2.39", f"batch_size is {batch_size}", "batch_size", "give 1 or more")
         dialogues = list(dialogues)
         features = self.features(dialogues, topics)
         summarizer = self.summarizer(batch_size, **gen)
@@ -194,7 +194,7 @@ class Predictor:
         for number, dialogue in enumerate(dialogues, start=1):
             if not isinstance(dialogue, str) or not dialogue.strip() or not _is_unicode(dialogue):
                 raise EngineError(
-                    "E3.31", f"dialogue {number} is empty or no text", f"row {number}", next="leave it out or fill it"
+                    "E3.31", f"dialogue {number} is empty or no text", f"row {number}", "leave it out or fill it"
                 )
         examples = [
             Example(id=str(i), dialogue=text, references=(), topic=topic, row=i + 1)
@@ -237,7 +237,9 @@ def model_folder(path: Path) -> Path:
             from engine.runtime.atomic import read_json
 
             return path / f"checkpoint-{read_json(path / pointer)['step']}"
-    raise EngineError("E4.20", "no model here", str(path), "nothing was written", "give a run folder or a model folder")
+    raise EngineError(
+        "E4.20", "no model here", str(path), "give a run folder or a model folder", safe="nothing was written"
+    )
 
 
 def recipe_of(folder: Path) -> Recipe:

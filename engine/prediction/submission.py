@@ -104,4 +104,6 @@ def _check_ids(wanted: list[str], ids: list[str], where: str) -> None:
 
 
 def _refused(what: str, where: str) -> EngineError:
-    return EngineError("E3.35", what, where, "no submission was written", "predict the file that the sample belongs to")
+    return EngineError(
+        "E3.35", what, where, "predict the file that the sample belongs to", safe="no submission was written"
+    )

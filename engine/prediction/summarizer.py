@@ -95,7 +95,7 @@ class Summarizer:
             return settings
         except ValueError as error:
             raise EngineError(
-                "E2.36", str(error), "generation", "nothing was decoded", "change that setting"
+                "E2.36", str(error), "generation", "change that setting", safe="nothing was decoded"
             ) from error
 
     @property

@@ -118,7 +118,7 @@ def _label(path: Path) -> str:
 
 def _unreadable(where: str, what: str, hint: str = "") -> EngineError:
     where = where if len(where) <= 300 else "..." + where[-297:]
-    return EngineError("E2.1", f"{where}: {what}", "", NOTHING_STARTED, hint)
+    return EngineError("E2.1", f"{where}: {what}", "", hint)
 
 
 def _read_text(path: Path, named_by: str) -> str:
@@ -157,7 +157,7 @@ def _file_layers(path: Path, problems: list[str], chain: tuple[Path, ...], named
     document = yaml_subset.parse(text)
     if document.problems:
         lines = [f"{label}:{line}: {what}" for line, what in document.problems]
-        raise EngineError("E2.1", lines[0], "", NOTHING_STARTED, problems=lines[:SHOWN_PROBLEMS])
+        raise EngineError("E2.1", lines[0], "", problems=lines[:SHOWN_PROBLEMS])
     if not isinstance(document.value, dict):
         raise _unreadable(f"{label}:1", "a recipe is a mapping of sections, such as `training:` with keys below it")
     values, origins = document.value, {key: f"{label}:{line}" for key, line in document.lines.items()}
@@ -300,7 +300,7 @@ def _build(layers: list[Layer], problems: list[str], changed: set[str] | None = 
     if problems:
         unique = list(dict.fromkeys(problems))
         more = [f"and {len(unique) - SHOWN_PROBLEMS} more"] if len(unique) > SHOWN_PROBLEMS else []
-        raise EngineError("E2.2", unique[0], "", NOTHING_STARTED, problems=unique[:SHOWN_PROBLEMS] + more)
+        raise EngineError("E2.2", unique[0], "", problems=unique[:SHOWN_PROBLEMS] + more)
     return recipe
 
 

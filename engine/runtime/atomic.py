@@ -102,4 +102,4 @@ def storage_error(error: BaseException, path: Path, doing: str, safe: str, next:
     cause = (
         os.strerror(error.errno) if isinstance(error, OSError) and error.errno else f"{type(error).__name__}: {error}"
     )
-    return EngineError("E6.1", f"{doing} failed: {cause[:200]}", f"{path}, {room}", safe, next)
+    return EngineError("E6.1", f"{doing} failed: {cause[:200]}", f"{path}, {room}", next, safe=safe)

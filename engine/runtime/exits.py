@@ -61,7 +61,6 @@ def classify(error: BaseException, batch: Mapping[str, Tensor] | None = None) ->
             "E8.1",
             f"out of memory: {text or type(error).__name__}",
             _shapes(batch),
-            "checkpoints are untouched",
             "halve training.per_device_train_batch_size and double training.gradient_accumulation_steps"
             if batch
             else "lower evaluation.per_device_eval_batch_size, generation.num_beams or data.max_source_length",
@@ -73,7 +72,6 @@ def classify(error: BaseException, batch: Mapping[str, Tensor] | None = None) ->
             "E9.4",
             f"a rank was lost or did not answer in time: {text}",
             _shapes(batch),
-            "checkpoints are untouched",
             "look at the other ranks' output, then --resume auto",
         )
     if isinstance(error, OSError) and (error.errno in _DISK or error.filename):
@@ -81,16 +79,9 @@ def classify(error: BaseException, batch: Mapping[str, Tensor] | None = None) ->
             "E6.5",
             f"a file could not be {'written' if error.errno in _DISK else 'used'}: {os.strerror(error.errno or errno.EIO)}",
             str(error.filename2 or error.filename or ""),
-            "checkpoints are untouched",
             f"{'free some space' if error.errno in _DISK else 'see what lies there'}, then --resume auto",
         )
-    return EngineError(
-        "E1.1",
-        f"{type(error).__name__}: {text}",
-        "",
-        "checkpoints are untouched",
-        "please report this with the traceback",
-    )
+    return EngineError("E1.1", f"{type(error).__name__}: {text}", "", "please report this with the traceback")
 
 
 def _is_torch(error: BaseException, name: str) -> bool:

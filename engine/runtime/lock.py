@@ -92,8 +92,8 @@ class FolderLock:
             "E2.30",
             f"{who} is running in this folder",
             str(self.path),
-            "nothing was touched",
             "wait for it, or set another experiment.output_dir",
+            safe="nothing was touched",
         )
 
     def release(self) -> None:

@@ -137,7 +137,7 @@ class Runtime(AbstractContextManager):
 
     def _lost_store(self, reason: str) -> None:
         """Runs in a thread of the ranks, while the main thread waits for a store that will not answer."""
-        error = EngineError("E9.5", reason, "", "checkpoints are untouched", "look at rank 0, then --resume auto")
+        error = EngineError("E9.5", reason, "", "look at rank 0, then --resume auto")
         self.status.write(errors.DISTRIBUTED, str(error))
         _end_now(str(error), errors.DISTRIBUTED)
 
@@ -267,13 +267,7 @@ def seed_everything(seed: int) -> None:
 def _refuse_unsafe_environment() -> None:
     name = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
     if os.environ.get(name):
-        raise EngineError(
-            "E2.40",
-            f"{name} is set: it lets files run code when they are loaded",
-            name,
-            "nothing was started",
-            f"unset {name}",
-        )
+        raise EngineError("E2.40", f"{name} is set: it lets files run code when they are loaded", name, f"unset {name}")
 
 
 def _choose_device(wanted: str) -> str:
@@ -296,14 +290,14 @@ def _choose_device(wanted: str) -> str:
             "E2.41",
             f"runtime.device is {wanted}, but the GPUs are numbered 0 to {count - 1}",
             "runtime.device",
-            next="choose one of them",
+            "choose one of them",
         )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise EngineError(
             "E2.42",
             f"runtime.device is {wanted}, but each of several ranks needs its own GPU",
             "runtime.device",
-            next="use runtime.device=auto",
+            "use runtime.device=auto",
         )
     return wanted
 
@@ -316,19 +310,12 @@ def _choose_precision(wanted: str, device: str, emulate: bool) -> str:
     if wanted == "auto":
         return "bf16" if has_bf16 else "fp32"
     if wanted == "bf16" and device != "cpu" and not has_bf16:
-        raise EngineError(
-            "E2.43",
-            "this GPU has no bf16",
-            "precision",
-            "nothing was started",
-            "use fp16 or fp32",
-        )
+        raise EngineError("E2.43", "this GPU has no bf16", "precision", "use fp16 or fp32")
     if wanted == "fp16" and device == "cpu" and not emulate:
         raise EngineError(
             "E2.44",
             "fp16 needs a GPU: on the CPU it would be slower than fp32 and no smaller",
             "precision",
-            "nothing was started",
             "use fp32 or bf16",
         )
     return wanted
@@ -367,7 +354,6 @@ def _build_accelerator(device: str, timeout: int) -> Any:
             "E2.45",
             f"launched for {kind}, which this engine does not run",
             "accelerate launch",
-            "nothing was started",
             "launch plain data parallelism (--multi_gpu)",
         )
     return accelerator

@@ -89,7 +89,7 @@ class RankGroup:
                 "E9.2",
                 f"the ranks are at different points: rank {self.rank} at {name}, rank {rank} at {at}",
                 name,
-                next="report this as a bug",
+                "report this as a bug",
             )
         for key in before:  # everyone has read the exchange before this one, or would not have spoken in this one
             self._store.delete_key(key)
@@ -167,8 +167,8 @@ class RankGroup:
                     "E9.3",
                     f"the ranks disagree about {key}: {here} on rank {self.rank}, {there} on rank {rank}",
                     key,
-                    "nothing was started",
                     "start all ranks with the same recipe, code and data",
+                    safe="nothing was started",
                 )
 
     # By collectives
@@ -285,13 +285,7 @@ class _Pulse:
                 self.seen[rank] = (beat, now)
             elif now - since[1] > patience:
                 what = f"rank {rank} has shown no life for {patience:.0f} s"
-                raise EngineError(
-                    "E9.1",
-                    what,
-                    f"waiting at {name}",
-                    "checkpoints are untouched",
-                    "look at that rank's output, then --resume auto",
-                )
+                raise EngineError("E9.1", what, f"waiting at {name}", "look at that rank's output, then --resume auto")
 
 
 def as_engine_error(error: BaseException, rank: int | None = None) -> EngineError:
@@ -306,12 +300,12 @@ def _to_json(error: EngineError | None) -> dict[str, Any] | None:
     if error is None:
         return None
     return {
-        "parts": [error.code, error.what, error.where, error.safe, error.next],
+        "parts": {name: getattr(error, name) for name in ("code", "what", "where", "next", "safe")},
         "owner": getattr(error, "owner", None),
     }
 
 
 def _from_json(record: dict[str, Any]) -> EngineError:
-    error = EngineError(*record["parts"])
+    error = EngineError(**record["parts"])
     error.owner = record["owner"]
     return error

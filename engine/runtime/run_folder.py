@@ -66,16 +66,16 @@ def _run_of(path: Path, explicit: str | None) -> Path:
             "E5.1",
             "there is no checkpoint to resume from",
             str(path),
-            "nothing was started",
             "give a checkpoint folder, a run folder, or auto",
+            safe="nothing was started",
         )
     if path.name.startswith(".") or path.is_symlink():
         raise EngineError(
             "E5.2",
             "an unfinished or linked folder is no checkpoint",
             str(path),
-            "nothing was started",
             "use --resume auto",
+            safe="nothing was started",
         )
     run = path.parent if _CHECKPOINT.fullmatch(path.name) else path
     if explicit is not None and Path(explicit).resolve() != run.resolve():
@@ -83,7 +83,6 @@ def _run_of(path: Path, explicit: str | None) -> Path:
             "E2.32",
             f"experiment.output_dir is {explicit}, the checkpoint lies in {run}",
             str(path),
-            "nothing was started",
             "leave experiment.output_dir out to continue in the checkpoint's folder",
         )
     return run
@@ -97,8 +96,8 @@ def _explicit(folder: Path, resume: str | None) -> RunFolder:
             "E2.31",
             "experiment.output_dir already holds a run",
             str(folder),
-            "it was not touched",
             "add --resume auto to continue it, or choose another folder",
+            safe="it was not touched",
         )
     if resume == "auto":
         log.info("nothing to resume in %s: starting fresh", folder)
@@ -148,7 +147,7 @@ def _create_new(day: Path, name: str) -> Path:
         check_writable(folder)
         return folder
     raise EngineError(
-        "E6.3", "a thousand runs of this name started within one second", str(day), next="set experiment.output_dir"
+        "E6.3", "a thousand runs of this name started within one second", str(day), "set experiment.output_dir"
     )
 
 
@@ -160,7 +159,6 @@ def _make(folder: Path) -> None:
             "E2.33",
             "the output folder's path goes through a file",
             str(folder),
-            "nothing was started",
             "choose another experiment.output_dir or output_root",
         ) from error
     except OSError as error:
@@ -187,6 +185,6 @@ def check_space(folder: Path, need: int) -> None:
             "E6.2",
             f"not enough space for this run: {need >> 20} MiB needed, {free >> 20} MiB free",
             str(folder),
-            "nothing was started",
             "free some space, or choose another experiment.output_dir or output_root",
+            safe="nothing was started",
         )

@@ -41,7 +41,6 @@ def with_fitting_batch(
                 "E8.2",
                 f"a single row of {longest[0].length} tokens does not fit in memory",
                 "training.auto_batch_size",
-                "nothing was trained",
                 "set training.gradient_checkpointing=true or lower data.max_source_length",
             )
         micro = largest_divisor(rows, below=micro // 2 + 1)

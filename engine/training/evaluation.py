@@ -153,7 +153,6 @@ def gather_summaries(mine: list[Summary], expected: Sequence[int], runtime: Runt
             "E1.3",
             f"decoded {len(everyone)} rows for {len(expected)}; each must come back once",
             "evaluation",
-            "checkpoints are untouched",
             "please report this",
         )
     return [by_index[index] for index in expected]
@@ -170,7 +169,7 @@ def score(split: Split, summaries: Sequence[Summary], rouge_tokenizer: str) -> d
         except ValueError as error:
             where = f"{split.name} split, evaluation.rouge_tokenizer={rouge_tokenizer}"
             raise EngineError(
-                "E3.40", str(error), where, "checkpoints are untouched", "choose another tokenizer"
+                "E3.40", str(error), where, "choose another tokenizer", safe="checkpoints are untouched"
             ) from error
     metrics |= endings.ending_metrics(
         predictions, [summary.ended for summary in summaries], references if split.targets is not None else None

@@ -165,6 +165,6 @@ def already_complete(run_dir: Path, runtime: Runtime) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         what = f"the run is complete, but its results cannot be read: {error}"
         next = f"remove {run_dir / STATUS}; then --resume auto writes the results again, from the last checkpoint"
-        raise EngineError("E6.7", what, str(path), "model and checkpoints are untouched", next) from error
+        raise EngineError("E6.7", what, str(path), next, safe="model and checkpoints are untouched") from error
     log.info("%s is already complete; nothing to do", run_dir)
     return record

@@ -38,8 +38,8 @@ def check_finite(loss: float, norm: float, window: Window, scaler: torch.amp.Gra
             "E7.1",
             text,
             "before the update",
-            "weights and checkpoints are untouched",
             "lower training.learning_rate, or set training.on_nonfinite=skip",
+            safe="weights and checkpoints are untouched",
         )
     log.warning("%s: update skipped", text)
     return False
@@ -54,11 +54,7 @@ def check_skipping(state: TrainerState, scaler: torch.amp.GradScaler, training: 
     if collapsed:
         what = f"the fp16 loss scale fell to {scaler.get_scale():g}"
     raise EngineError(
-        "E7.2",
-        what,
-        f"after step {state.step}",
-        "checkpoints are untouched",
-        "use training.precision=bf16 or fp32, or lower training.learning_rate",
+        "E7.2", what, f"after step {state.step}", "use training.precision=bf16 or fp32, or lower training.learning_rate"
     )
 
 
@@ -70,8 +66,8 @@ def check_evaluation(loss: float | None, step: int, scaler: torch.amp.GradScaler
         "E7.4",
         f"the dev loss is {loss}",
         f"after step {step}",
-        "earlier checkpoints are untouched, and this state is not saved",
         "lower training.learning_rate, or set training.on_nonfinite=skip",
+        safe="earlier checkpoints are untouched, and this state is not saved",
     )
 
 
@@ -87,8 +83,8 @@ def check_weights(model: nn.Module, step: int) -> None:
             "E7.3",
             f"the weights hold {largest}",
             f"after step {step}",
-            "earlier checkpoints are untouched, and this state is not saved",
             "lower training.learning_rate, or set training.max_grad_norm",
+            safe="earlier checkpoints are untouched, and this state is not saved",
         )
 
 

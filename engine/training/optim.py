@@ -47,7 +47,6 @@ def build_optimizer(groups: list[dict[str, Any]], training: Training, device: to
             "E2.20",
             f"training.optim: {training.optim} keeps its state in CUDA unified memory, and this run has no GPU",
             f"device {device}",
-            "nothing was started",
             "set training.optim=adamw or adamw_8bit",
         )
     import bitsandbytes

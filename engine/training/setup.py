@@ -49,9 +49,7 @@ def read_splits(recipe: Recipe, runtime: Runtime) -> Splits:
     """Read and check every file of the recipe. Raises: EngineError E3 naming file and row."""
     settings = recipe.data
     if settings.train_file is None:
-        raise EngineError(
-            "E2.21", "there is nothing to train on", "data.train_file", "nothing was started", "set data.train_file"
-        )
+        raise EngineError("E2.21", "there is nothing to train on", "data.train_file", "set data.train_file")
     evaluating = settings.validation_file is not None and recipe.evaluation.strategy != "no"
     dev: list[Example] = []
     test: list[Example] = []
@@ -140,9 +138,7 @@ def _restore(saved: EngineState, found: Path, optimizer: Any, schedule: Any, sca
         return TrainerState.from_dict(saved.position)
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         what = f"the saved state does not fit this run: {error}"
-        raise EngineError(
-            "E5.8", what, str(found), "nothing was changed", "resume with the recipe it was saved by"
-        ) from error
+        raise EngineError("E5.8", what, str(found), "resume with the recipe it was saved by") from error
 
 
 def split_of(name: str, examples: list[Example], encoder: TextEncoder) -> Split:

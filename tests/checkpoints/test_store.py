@@ -283,7 +283,7 @@ def test_on_error_continue_warns_and_saves_again_later(tmp_path, caplog):
 
 def test_too_little_space_is_told_before_anything_is_written(tmp_path, monkeypatch):
     store = open_store(tmp_path)
-    monkeypatch.setattr(atomic, "free_bytes", lambda folder: 1 << 20)
+    monkeypatch.setattr(checkpoints_store, "free_bytes", lambda folder: 1 << 20)
     with pytest.raises(EngineError, match="not enough space") as caught:
         save(store, 1)
     assert caught.value.exit_code == 6 and names(tmp_path) == set()
@@ -328,7 +328,7 @@ print(*outcomes)
 
 def test_a_disk_that_fills_up_in_the_middle_of_a_file(tmp_path, root):
     """Real short writes at growing sizes: they hit the random state, the weights, the optimizer and the manifest."""
-    code = _FILE_SIZE_LIMIT.format(root=str(root), tests=str(root / "tests"))
+    code = _FILE_SIZE_LIMIT.format(root=str(root), tests=str(root / "tests" / "checkpoints"))
     limits = ["1", "100", "600", "900", "1300", "2000"]
     command = [sys.executable, "-c", code, str(tmp_path / "run"), *limits]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -750,7 +750,7 @@ _HOLD_LOCK = """
 import sys, time
 sys.path.insert(0, {root!r})
 from pathlib import Path
-from engine.storage import FolderLock
+from engine.runtime.lock import FolderLock
 lock = FolderLock(Path({run!r}))
 lock.acquire()
 print("locked", flush=True)

@@ -317,10 +317,11 @@ def test_adapters_are_on_by_default_only_with_4_bits():
 
 def test_peft_and_bitsandbytes_are_imported_only_when_asked_for(root):
     code = (
-        "import sys, torch\nsys.path.insert(0, 'tests')\nimport tiny\nfrom engine import adapters, models, optim\n"
-        "from engine.recipe import Recipe\nimport tempfile\nfrom pathlib import Path\n"
+        "import sys, torch\nsys.path.insert(0, 'tests')\nimport tiny\n"
+        "from engine.models import adapters, build\nfrom engine.training import optim\n"
+        "from engine.recipe.schema import Recipe\nimport tempfile\nfrom pathlib import Path\n"
         "folder = tiny.save('llama', Path(tempfile.mkdtemp()))\n"
-        "models.build(Recipe(model={'name_or_path': str(folder)}), device=torch.device('cpu'), precision='fp32')\n"
+        "build.build_model(Recipe(model={'name_or_path': str(folder)}), device=torch.device('cpu'), precision='fp32')\n"
         "print([name for name in ('bitsandbytes', 'peft') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)

@@ -487,9 +487,10 @@ def test_adapters_other_than_plain_lora_are_refused(tmp_path, change):
 def test_unreachable_hub_is_one_quick_error(root):
     """Without the offline switch and with names that do not resolve: the client must not retry for minutes."""
     code = (
-        "import torch\nfrom engine import models\nfrom engine.recipe import Recipe\nfrom engine.errors import EngineError\n"
+        "import torch\nfrom engine.models import build\nfrom engine.recipe.schema import Recipe\n"
+        "from engine.errors import EngineError\n"
         "recipe = Recipe(model={'name_or_path': 'nobody/nothing'})\n"
-        "try:\n    models.build(recipe, device=torch.device('cpu'), precision='fp32')\n"
+        "try:\n    build.build_model(recipe, device=torch.device('cpu'), precision='fp32')\n"
         "except EngineError as error:\n    print(error)\n"
     )
     quiet = {key: value for key, value in os.environ.items() if not key.endswith("_OFFLINE")}

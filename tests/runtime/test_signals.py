@@ -21,7 +21,7 @@ SLOW_SAVE = """
 import sys, time
 sys.path.insert(0, {root!r})
 from engine import storage
-from engine.outcomes import main_guard
+from engine.runtime.exits import main_guard
 from engine.train import main
 storage.fail_points.append(lambda point, path: time.sleep(30) if point == "before-manifest" else None)
 sys.exit(main_guard(main))

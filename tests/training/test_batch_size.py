@@ -23,7 +23,7 @@ def memory_for(monkeypatch):
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
             return plain(model, batch, **options)
 
-        monkeypatch.setattr(losses, "summed_cross_entropy", tight)
+        monkeypatch.setattr(batch_size, "summed_cross_entropy", tight)
 
     return limit
 
@@ -52,7 +52,7 @@ def test_other_errors_are_not_taken_for_memory(tmp_path, monkeypatch):
     def broken(model, batch, **options):
         raise RuntimeError("shapes do not match")
 
-    monkeypatch.setattr(losses, "summed_cross_entropy", broken)
+    monkeypatch.setattr(batch_size, "summed_cross_entropy", broken)
     with pytest.raises(RuntimeError, match="shapes"):
         runs.train(runs.write_recipe(tmp_path, training__auto_batch_size=True))
 
