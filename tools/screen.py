@@ -48,7 +48,7 @@ def screen_one(recipe: Recipe, folder: Path, name: str) -> dict[str, Any]:
     Raises:
         EngineError: as training would, for recipe, data and model.
     """
-    from engine.data.rows import read_split
+    from engine.data.rows import read_examples
     from engine.models import build, memory, weights
     from engine.runtime.process import start
     from engine.training import setup
@@ -58,7 +58,7 @@ def screen_one(recipe: Recipe, folder: Path, name: str) -> dict[str, Any]:
     settings = recipe.data
     with start(recipe) as runtime:
         limit = settings.max_validation_samples
-        rows = read_split(settings, settings.validation_file, require_summary=True, limit=limit)
+        rows = read_examples(settings.validation_file, settings, require_summary=True, limit=limit)
         bundle = build.build_model(recipe, device=runtime.device, precision=runtime.precision)
         if weights.is_adapted(bundle.model):
             bundle.model = bundle.model.unload()  # adapters start without effect and only cost time here

@@ -45,10 +45,10 @@ def text_encoder(recipe: Recipe) -> tuple[TextEncoder, Any]:
 
 
 def training_examples(recipe: Recipe) -> list[Example]:
-    from engine.data.rows import read_split
+    from engine.data.rows import read_examples
 
     settings = recipe.data
-    return read_split(settings, settings.train_file, require_summary=True, limit=settings.max_train_samples)
+    return read_examples(settings.train_file, settings, require_summary=True, limit=settings.max_train_samples)
 
 
 def text_of(encoder: TextEncoder, ids: list[int]) -> str:

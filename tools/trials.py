@@ -178,10 +178,10 @@ def _recipe_of(folder: Path, home: Path) -> Recipe:
 
 
 def _read(source: str, recipe: Recipe, labelled: bool, limit: int | None) -> list[Example]:
-    from engine.data.rows import read_split
+    from engine.data.rows import read_examples
 
     data = recipe.data
-    examples = read_split(data, source, require_summary=labelled, limit=limit)
+    examples = read_examples(source, data, require_summary=labelled, limit=limit)
     if not examples:
         raise EngineError("E3.41", "no rows", str(source), "give a file with rows", safe=NOTHING_DONE)
     return examples

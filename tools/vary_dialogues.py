@@ -70,13 +70,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.copies < 1 or not 0 < options.share <= 0.5:
         parser.error("--copies must be at least 1, and --share above 0 and at most 0.5")
 
-    from engine.data.rows import read_split
+    from engine.data.rows import read_examples
     from engine.recipe.load import with_overrides
     from engine.recipe.schema import Recipe
     from engine.runtime.atomic import write_text_atomically
 
     settings = with_overrides(Recipe(), options.overrides, ("data",)).data
-    examples = read_split(settings, options.input, require_summary=False)
+    examples = read_examples(options.input, settings, require_summary=False)
     options.output_dir.mkdir(parents=True, exist_ok=True)
     stem = Path(options.input).name.split(".")[0]
     for copy in range(1, options.copies + 1):

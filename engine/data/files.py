@@ -1,4 +1,4 @@
-"""Files to records: decompress, decode, parse. What the columns mean is `engine/data/rows.py`'s.
+"""Read my CSV: files to records (decompress, decode, parse). What the columns mean is `engine/data/rows.py`'s.
 
 Structure that cannot be parsed is an error of the file. What can be pinned on one row (too few fields, a line that is no
 JSON, bytes that are not UTF-8) becomes that record's problem, so that all such rows are reported at once.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import csv
 import difflib
+import gzip
 import io
 import json
 import logging
@@ -74,18 +75,12 @@ def read_table(path: str | Path, *, encoding: str = "auto", columns: Iterable[st
     kind = _kind(path)
     if kind == ".parquet":
         return _parquet(path, columns)
-    data, broken = _load(path)
+    data = _load(path)
     _check_content(data, path)
     text = _decode(data, encoding, path)
     if kind == ".csv":
-        table = _csv(text, path, broken)
-    elif text.lstrip()[:1] == "[":
-        table = _json_array(text, path, broken)
-    else:
-        table = _json_lines(text, path, kind)
-    if broken:
-        raise _broken(path, broken, table.records[-1].row if table.records else 0)
-    return table
+        return _csv(text, path)
+    return _json_array(text, path) if text.lstrip()[:1] == "[" else _json_lines(text, path, kind)
 
 
 def _check_file(path: Path) -> None:
@@ -118,45 +113,20 @@ def _kind(path: Path) -> str:
     return kind
 
 
-def _load(path: Path) -> tuple[bytes, str | None]:
-    """Content, and why it ends early: then cut after its last whole line."""
+def _load(path: Path) -> bytes:
     try:
         if path.suffix.lower() != ".gz":
-            return path.read_bytes(), None
-        data, broken = _decompress(path)
+            return path.read_bytes()
+        with gzip.open(path) as stream:
+            data = stream.read(_MAX_EXPANDED + 1)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        what = f"the compressed stream breaks off: {error}"
+        raise EngineError("E3.8", what, _shown_path(path), "copy or download the file again") from error
     except OSError as error:
         raise EngineError("E3.1", f"file cannot be read: {error}", _shown_path(path), "check the file") from error
-    return (data[: data.rfind(b"\n") + 1] if broken else data), broken
-
-
-def _decompress(path: Path) -> tuple[bytes, str | None]:
-    """All that can be had of a gzip file of one or more members; the gzip module gives up a whole buffer at a break."""
-    content = bytearray()
-    member = None
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 16):
-            while block:
-                if member is None or member.eof:
-                    member = zlib.decompressobj(wbits=31)
-                try:
-                    content += member.decompress(block)
-                except zlib.error as error:
-                    return bytes(content), str(error)
-                block = member.unused_data.lstrip(b"\0")
-            if len(content) > _MAX_EXPANDED:
-                raise EngineError(
-                    "E3.3", "expands to more than 1 GiB", _shown_path(path), "decompress it and use the file"
-                )
-    return bytes(content), None if member is None or member.eof else "the file ends inside it"
-
-
-def _broken(path: Path, reason: str, last_row: int) -> EngineError:
-    return EngineError(
-        "E3.8",
-        f"the compressed stream breaks off ({reason}); the last good row is row {last_row}",
-        _shown_path(path),
-        "copy or download the file again",
-    )
+    if len(data) > _MAX_EXPANDED:
+        raise EngineError("E3.3", "expands to more than 1 GiB", _shown_path(path), "decompress it and use the file")
+    return data
 
 
 def _check_content(data: bytes, path: Path) -> None:
@@ -220,15 +190,15 @@ def _undecodable(data: bytes, error: UnicodeDecodeError, path: Path) -> EngineEr
 # CSV
 
 
-def _csv(text: str, path: Path, broken: str | None) -> Table:
+def _csv(text: str, path: Path) -> Table:
     former = csv.field_size_limit(2**31 - 1)  # the parser's own limit of 131,072 characters gives no row number
     try:
-        return _parse_csv(text.replace("\x00", NUL), path, broken)
+        return _parse_csv(text.replace("\x00", NUL), path)
     finally:
         csv.field_size_limit(former)
 
 
-def _parse_csv(text: str, path: Path, broken: str | None) -> Table:
+def _parse_csv(text: str, path: Path) -> Table:
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     columns: list[str] = []
     records: list[Record] = []
@@ -239,8 +209,6 @@ def _parse_csv(text: str, path: Path, broken: str | None) -> Table:
         except StopIteration:
             return Table(columns, records)
         except csv.Error as error:
-            if broken:  # inside a quoted cell, of course
-                return Table(columns, records)
             raise EngineError(
                 "E3.3",
                 f"not valid CSV: {error}; the record begins at line {line}",
@@ -286,9 +254,7 @@ def _json_lines(text: str, path: Path, kind: str) -> Table:
     return Table(_keys(records), records)
 
 
-def _json_array(text: str, path: Path, broken: str | None) -> Table:
-    if broken:
-        raise _broken(path, broken, 0)
+def _json_array(text: str, path: Path) -> Table:
     try:
         values = json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:

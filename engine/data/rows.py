@@ -64,41 +64,32 @@ def shown(text: Any, width: int = 40) -> str:
 
 
 def read_examples(
-    path: str | Path,
-    *,
-    text_column: str,
-    summary_column: str | Sequence[str],
-    id_column: str | None,
-    topic_column: str | None,
-    encoding: str = "auto",
-    require_summary: bool,
-    limit: int | None = None,
-    on_bad_row: str = "error",
-    max_bad_rows: int = 0,
+    path: str | Path, settings: Data, *, require_summary: bool, limit: int | None = None
 ) -> list[Example]:
-    """Read and check the rows of a file.
+    """Read and check the rows of a file, with the columns and the rules of a recipe's `data` section.
 
     Args:
-        summary_column: several names give several references; the first must be there in each row that trains.
-        require_summary: rows and files without summaries are errors; otherwise their `references` are empty.
+        require_summary: rows and files without summaries are errors; otherwise their `references` are empty. Of several
+            summary columns the first must be there in each row that trains.
         limit: stop after this many good rows.
-        on_bad_row: "skip" drops up to `max_bad_rows` bad rows and logs their places.
 
     Raises:
         EngineError: E3.1 to E3.3 and E3.8 for the file, E3.4 columns, E3.5 bad rows, E3.6 no rows.
     """
-    names = (summary_column,) if isinstance(summary_column, str) else tuple(summary_column)
-    wanted = [name for name in (text_column, *names, id_column, topic_column) if name is not None]
-    table = read_table(path, encoding=encoding, columns=wanted)
+    columns = settings.summary_column
+    names = (columns,) if isinstance(columns, str) else tuple(columns)
+    labels = (settings.id_column, settings.topic_column)
+    wanted = [name for name in (settings.text_column, *names, *labels) if name is not None]
+    table = read_table(path, encoding=settings.encoding, columns=wanted)
     if not table.records:
         raise EngineError("E3.6", "the file has no data rows", shown(path, 200), "check the file")
     required = [name for name in wanted if require_summary or name not in names]
     _check_columns(table, required, shown(path, 200))
     summaries = tuple(name for name in names if name in table.columns)
-    columns = _Columns(text_column, summaries, id_column, topic_column, require_summary)
+    columns = _Columns(settings.text_column, summaries, *labels, require_summary)
     examples, bad = _check_rows(table.records, columns, shown(path, 200), limit)
     if bad:
-        _report_bad_rows(bad, shown(path, 200), on_bad_row, max_bad_rows)
+        _report_bad_rows(bad, shown(path, 200), settings.on_bad_row, settings.max_bad_rows)
     if not examples:
         raise EngineError("E3.6", "no usable row is left", shown(path, 200), "check the file")
     return examples
@@ -239,22 +230,6 @@ def _id(values: dict[str, Any], name: str) -> str:
 
 
 # Between files
-
-
-def read_split(settings: Data, path: str, *, require_summary: bool, limit: int | None = None) -> list[Example]:
-    """`read_examples` with the columns and the rules of a recipe's `data` section."""
-    return read_examples(
-        path,
-        text_column=settings.text_column,
-        summary_column=settings.summary_column,
-        id_column=settings.id_column,
-        topic_column=settings.topic_column,
-        encoding=settings.encoding,
-        require_summary=require_summary,
-        limit=limit,
-        on_bad_row=settings.on_bad_row,
-        max_bad_rows=settings.max_bad_rows,
-    )
 
 
 def check_splits(train: Sequence[Example], validation: Sequence[Example], *, allow_overlap: bool) -> None:

@@ -68,7 +68,7 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def _training_texts(recipe: Recipe) -> Iterator[str]:
-    from engine.data.rows import read_split
+    from engine.data.rows import read_examples
 
     settings = recipe.data
     if settings.train_file is None:
@@ -78,7 +78,7 @@ def _training_texts(recipe: Recipe) -> Iterator[str]:
             "tokenizer.name_or_path",
             "set data.train_file or tokenizer.name_or_path",
         )
-    examples = read_split(settings, settings.train_file, require_summary=True)
+    examples = read_examples(settings.train_file, settings, require_summary=True)
     for example in examples:
         yield example.dialogue
         yield example.references[0]

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.data.rows import Example, read_split
+from engine.data.rows import Example, read_examples
 from engine.errors import EngineError
 from engine.prediction.postprocess import PostprocessReport
 from engine.prediction.submission import Table, submission_table, without_empty, write_submission
@@ -40,7 +40,7 @@ def read_input(path: str, recipe: Recipe) -> list[Example]:
         if not lines:
             raise EngineError("E3.32", "standard input holds no dialogue", "-", "write one dialogue per line")
         return [Example(id=str(i), dialogue=text, references=(), topic=None, row=i + 1) for i, text in enumerate(lines)]
-    return read_split(recipe.data, path, require_summary=False)
+    return read_examples(path, recipe.data, require_summary=False)
 
 
 def check_target(examples: Sequence[Example], options: argparse.Namespace) -> None:

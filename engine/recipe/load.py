@@ -257,51 +257,54 @@ def _put(values: dict[str, Any], path: Key, value: Any) -> None:
 # --- merging and checking --------------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Note:
-    """Where origins are written down while a layer is merged."""
+class _Merged:
+    """Values of all layers laid over one another, and for each the layer that it comes from."""
 
-    origins: dict[str, tuple[int, str]]
-    layer: Layer
-    rank: int
+    def __init__(self) -> None:
+        self.values: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
+        self.origins: dict[str, tuple[int, str]] = {}  # section.key, or deeper -> (number of the layer, place in it)
 
-    def replaced(self, path: Key) -> None:
-        name = ".".join(path)
-        for below in [key for key in self.origins if key.startswith(name + ".")]:
-            del self.origins[below]
-        self.origins[name] = (self.rank, self.layer.origin(path))
+    def lay(self, layer: Layer, rank: int, problems: list[str]) -> None:
+        for section, key, value in _known(layer, problems):
+            old = self.values[section].get(key)
+            self.values[section][key] = self._over(old, value, (section, key), layer, rank)
 
-
-def _merge(old: Any, new: Any, path: Key, note: _Note) -> Any:
-    """`new` over `old`: dictionaries key by key, everything else replaced."""
-    if not (isinstance(old, dict) and isinstance(new, dict)):
-        note.replaced(path)
-        old = {}
-    if not isinstance(new, dict):
-        return new
-    return old | {key: _merge(old.get(key), item, (*path, key), note) for key, item in new.items()}
+    def _over(self, old: Any, new: Any, path: Key, layer: Layer, rank: int) -> Any:
+        """`new` over `old`: dictionaries key by key, everything else replaced, and with it what stood below."""
+        if not (isinstance(old, dict) and isinstance(new, dict)):
+            name = ".".join(path)
+            self.origins = {key: at for key, at in self.origins.items() if not key.startswith(name + ".")}
+            self.origins[name] = (rank, layer.origin(path))
+            old = {}
+        if not isinstance(new, dict):
+            return new
+        return old | {key: self._over(old.get(key), item, (*path, key), layer, rank) for key, item in new.items()}
 
 
 def _build(layers: list[Layer], problems: list[str], changed: set[str] | None = None) -> Recipe:
-    """Merge the layers, check types and rules (given `changed`, only those about these keys); raise once for all of it."""
-    merged: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
-    origins: dict[str, tuple[int, str]] = {}
+    """Merge the layers, check types, check rules (given `changed`, only those about these keys); raise once for all of it."""
+    merged = _Merged()
     for rank, layer in enumerate(layers, start=1):
-        for section, key, value in _known(layer, problems):
-            note = _Note(origins, layer, rank)
-            merged[section][key] = _merge(merged[section].get(key), value, (section, key), note)
-    bad: set[str] = set()
-    recipe = Recipe(**{name: _section(name, values, origins, problems, bad) for name, values in merged.items()})
-    recipe._origins = origins
+        merged.lay(layer, rank, problems)
+    mistyped: set[str] = set()
+    recipe = Recipe(
+        **{name: _section(name, values, merged.origins, problems, mistyped) for name, values in merged.values.items()}
+    )
+    recipe._origins = merged.origins
+    problems += _broken_rules(recipe, mistyped, layers, changed)
+    if not problems:
+        return recipe
+    unique = list(dict.fromkeys(problems))
+    more = [f"and {len(unique) - SHOWN_PROBLEMS} more"] if len(unique) > SHOWN_PROBLEMS else []
+    raise EngineError("E2.2", unique[0], problems=unique[:SHOWN_PROBLEMS] + more)
+
+
+def _broken_rules(recipe: Recipe, mistyped: set[str], layers: list[Layer], changed: set[str] | None) -> Iterator[str]:
+    """One line for each broken rule; a rule about a key of the wrong type has nothing to look at."""
     for keys, message in findings(recipe):
         concerned = changed is None or changed.intersection(keys)
-        if concerned and not bad.intersection(".".join(key.split(".")[:2]) for key in keys):
-            problems.append(f"{_blame(recipe, keys, layers)}: {keys[0]} {message}")
-    if problems:
-        unique = list(dict.fromkeys(problems))
-        more = [f"and {len(unique) - SHOWN_PROBLEMS} more"] if len(unique) > SHOWN_PROBLEMS else []
-        raise EngineError("E2.2", unique[0], "", problems=unique[:SHOWN_PROBLEMS] + more)
-    return recipe
+        if concerned and not mistyped.intersection(".".join(key.split(".")[:2]) for key in keys):
+            yield f"{_blame(recipe, keys, layers)}: {keys[0]} {message}"
 
 
 def _blame(recipe: Recipe, keys: list[str], layers: list[Layer]) -> str:
@@ -354,7 +357,7 @@ def _unfit(value: Any) -> str | None:
     return None if value is None or isinstance(value, (bool, int)) else f"cannot hold a {type(value).__name__}"
 
 
-def _section(name: str, values: dict[str, Any], origins: dict, problems: list[str], bad: set[str]) -> Any:
+def _section(name: str, values: dict[str, Any], origins: dict, problems: list[str], mistyped: set[str]) -> Any:
     """The typed section. Keys with wrong values are reported and stand at their defaults for the other checks."""
     try:
         return SECTIONS[name](**values)
@@ -364,7 +367,7 @@ def _section(name: str, values: dict[str, Any], origins: dict, problems: list[st
         where = origins[f"{name}.{key}"][1]
         hint = _nearest_value(name, key, values[key])
         problems.append(f"{where}: {name}.{key} must be {expected(name, key)}; got {_shown(values[key])}{hint}")
-        bad.add(f"{name}.{key}")
+        mistyped.add(f"{name}.{key}")
     return SECTIONS[name](**{key: value for key, value in values.items() if key not in wrong})
 
 

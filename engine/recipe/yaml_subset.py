@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,15 +60,7 @@ def parse(text: str) -> Document:
     """Read one document. Problems are collected; after a syntax error the rest of the text is left unread."""
     document = Document()
     try:
-        events = yaml.parse(text, Loader=yaml.SafeLoader)
-        for event in events:
-            if isinstance(event, yaml.DocumentStartEvent):
-                if document.nodes:
-                    document.problems.append((_line(event), "a recipe is one YAML document; drop what follows `---`"))
-                    break
-                if event.version or event.tags:
-                    document.problems.append((_line(event), "YAML directives (%) are refused"))
-                document.value = _node(next(events), events, document, ())
+        _read(yaml.parse(text, Loader=yaml.SafeLoader), document)
     except yaml.YAMLError as error:
         document.problems.append(_syntax_error(error, text))
     except _TooMuch as error:
@@ -75,6 +68,18 @@ def parse(text: str) -> Document:
     except (ValueError, OverflowError, IndexError) as error:  # PyYAML on escapes such as "\UFFFFFFFF" and broken tags
         document.problems.append((1, f"is not valid YAML: {error}"))
     return document
+
+
+def _read(events: Iterator[yaml.Event], document: Document) -> None:
+    for event in events:
+        if not isinstance(event, yaml.DocumentStartEvent):
+            continue
+        if document.nodes:
+            document.problems.append((_line(event), "a recipe is one YAML document; drop what follows `---`"))
+            return
+        if event.version or event.tags:
+            document.problems.append((_line(event), "YAML directives (%) are refused"))
+        document.value = _node(next(events), events, document, ())
 
 
 def _line(event: yaml.Event) -> int:

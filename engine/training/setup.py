@@ -54,13 +54,15 @@ def read_splits(recipe: Recipe, runtime: Runtime) -> Splits:
     dev: list[Example] = []
     test: list[Example] = []
     with runtime.together("reading data"):
-        train = rows.read_split(settings, settings.train_file, require_summary=True, limit=settings.max_train_samples)
+        train = rows.read_examples(
+            settings.train_file, settings, require_summary=True, limit=settings.max_train_samples
+        )
         if evaluating:
             limit = settings.max_validation_samples
-            dev = rows.read_split(settings, settings.validation_file, require_summary=True, limit=limit)
+            dev = rows.read_examples(settings.validation_file, settings, require_summary=True, limit=limit)
         if settings.test_file is not None:
             limit = settings.max_test_samples
-            test = rows.read_split(settings, settings.test_file, require_summary=False, limit=limit)
+            test = rows.read_examples(settings.test_file, settings, require_summary=False, limit=limit)
         if dev:
             rows.check_splits(train, dev, allow_overlap=settings.allow_overlap)
     return Splits(train, dev, test)

@@ -18,7 +18,7 @@ from engine.data.encode import Feature, TextEncoder, encode_all, length_report
 from engine.data.prompts import PromptSettings
 from engine.data.rows import Example
 from engine.errors import EngineError
-from engine.recipe.schema import PLACEHOLDERS, Prompt
+from engine.recipe.schema import PLACEHOLDERS, Data, Prompt
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason="no real data beside the checkout")
@@ -391,12 +391,12 @@ def test_the_loss_of_the_labels_is_transformers_own():
 
 @cache
 def real_rows() -> list[Example]:
-    columns = {"text_column": "dialogue", "summary_column": "summary", "id_column": "fname", "topic_column": None}
+    settings = Data(text_column="dialogue", summary_column="summary", id_column="fname", topic_column=None)
     folder = SHARED / "dialogsum_ko"
     return [
         row
         for name in ("train.csv", "dev.csv")
-        for row in data_rows.read_examples(folder / name, require_summary=True, **columns)
+        for row in data_rows.read_examples(folder / name, settings, require_summary=True)
     ]
 
 

@@ -107,7 +107,7 @@ def compare(tmp_path, family, updates, rows, *, options=None, **changes):
     path = runs.write_recipe(tmp_path, family, rows=rows, **(SETTINGS | changes))
     recipe = load_recipe(path)
     bundle = build.build_model(recipe, device=torch.device("cpu"), precision="fp32")
-    examples = data_rows.read_split(recipe.data, recipe.data.train_file, require_summary=True)
+    examples = data_rows.read_examples(recipe.data.train_file, recipe.data, require_summary=True)
     features = encode.encode_all(bundle.text_encoder(), examples)
     peer = copy.deepcopy(bundle)
     losses, _ = peer_losses(peer, features, recipe, tmp_path, updates, **(options or {}))
