@@ -28,12 +28,11 @@ def fast_linears(model: torch.nn.Module, steps: int) -> Iterator[None]:
     """Replace what can be replaced among the model's linear layers. steps: forward passes to come."""
     replaced = []
     try:
-        if steps >= MIN_STEPS_TO_PACK:
-            for module in model.modules():
-                forward = None if "forward" in module.__dict__ else _fast_forward(module)
-                if forward is not None:
-                    module.forward = forward
-                    replaced.append(module)
+        for module in model.modules() if steps >= MIN_STEPS_TO_PACK else ():
+            forward = None if "forward" in module.__dict__ else _fast_forward(module)
+            if forward is not None:
+                module.forward = forward
+                replaced.append(module)
         yield
     finally:
         for module in replaced:

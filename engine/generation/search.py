@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicLayer, EncoderDecoderCache
 from transformers.generation import GenerationMode
+from transformers.generation import logits_process as hf
 from transformers.generation import stopping_criteria as criteria
 from transformers.generation.utils import GENERATION_MODES_MAPPING
 
@@ -24,7 +25,7 @@ from engine.generation.cache import ATTENTION_NAME
 from engine.generation.decoder import Prompt, TreeDecoder
 from engine.generation.graphs import worth_capturing
 from engine.generation.modelstate import attention
-from engine.generation.processors import Chain, History, OutputOnly, VocabularyMask, hf
+from engine.generation.processors import Chain, History, OutputOnly, VocabularyMask
 
 logger = logging.getLogger(__name__)
 
