@@ -10,12 +10,11 @@ import codecs
 import csv
 import difflib
 import gzip
-import io
 import json
 import logging
 import re
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,13 @@ log = logging.getLogger("engine.data")
 
 SAFE = "nothing was started"
 FORMATS = (".csv", ".jsonl", ".json", ".parquet")
-_MAX_EXPANDED = 2**30  # bytes that a compressed file may expand to
+# What one file may hold. A run keeps every row in memory, at up to ten times its bytes; more than this is an accident, or meant
+# to fill the memory.
+MAX_BYTES = 512 << 20  # of text, after decompression
+MAX_ROWS = 2_000_000
+MAX_VALUES = 20_000_000  # brackets of JSON; each becomes an object of at least 56 bytes
 NUL = "\udc00"  # stands for a NUL byte in CSV records: the parser of Python 3.10 refuses the whole file instead
+_LINE = re.compile(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+\Z")  # as io.StringIO(newline="") cuts them
 _FOREIGN = {
     b"\x1f\x8b": "gzip data; end its name in .gz",
     b"PAR1": "parquet; end its name in .parquet",
@@ -80,6 +84,8 @@ def read_table(path: str | Path, *, encoding: str = "auto", columns: Iterable[st
     text = _decode(data, encoding, path)
     if kind == ".csv":
         return _csv(text, path)
+    if text.count("[") + text.count("{") > MAX_VALUES:
+        raise _too_large(path, f"{MAX_VALUES:,} lists and objects")
     return _json_array(text, path) if text.lstrip()[:1] == "[" else _json_lines(text, path, kind)
 
 
@@ -115,18 +121,26 @@ def _kind(path: Path) -> str:
 
 def _load(path: Path) -> bytes:
     try:
-        if path.suffix.lower() != ".gz":
-            return path.read_bytes()
-        with gzip.open(path) as stream:
-            data = stream.read(_MAX_EXPANDED + 1)
+        with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as stream:
+            data = stream.read(MAX_BYTES + 1)  # by contents: what a file says of its size need not be so
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         what = f"the compressed stream breaks off: {error}"
         raise EngineError("E3.8", what, _shown_path(path), "copy or download the file again") from error
     except OSError as error:
         raise EngineError("E3.1", f"file cannot be read: {error}", _shown_path(path), "check the file") from error
-    if len(data) > _MAX_EXPANDED:
-        raise EngineError("E3.3", "expands to more than 1 GiB", _shown_path(path), "decompress it and use the file")
+    if len(data) > MAX_BYTES:
+        raise _too_large(path, f"{MAX_BYTES >> 20} MiB of text")
     return data
+
+
+def _too_large(path: Path, limit: str) -> EngineError:
+    return EngineError("E3.10", f"the file holds more than {limit}", _shown_path(path), "split it into several files")
+
+
+def _add(records: list[Record], record: Record, path: Path) -> None:
+    if len(records) == MAX_ROWS:
+        raise _too_large(path, f"{MAX_ROWS:,} rows")
+    records.append(record)
 
 
 def _check_content(data: bytes, path: Path) -> None:
@@ -199,7 +213,8 @@ def _csv(text: str, path: Path) -> Table:
 
 
 def _parse_csv(text: str, path: Path) -> Table:
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    lines = (line[0] for line in _LINE.finditer(text))  # io.StringIO would hold a second copy, of four bytes a letter
+    reader = csv.reader(lines, strict=True)
     columns: list[str] = []
     records: list[Record] = []
     while True:
@@ -225,7 +240,7 @@ def _parse_csv(text: str, path: Path) -> Table:
             record.values = dict(zip(columns, fields, strict=True))
         else:
             record.problem = f"{len(fields)} fields instead of {len(columns)}"
-        records.append(record)
+        _add(records, record, path)
 
 
 # JSON
@@ -233,7 +248,7 @@ def _parse_csv(text: str, path: Path) -> Table:
 
 def _json_lines(text: str, path: Path, kind: str) -> Table:
     records: list[Record] = []
-    for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: U+2028 may stand inside a string
+    for number, line in enumerate(_lines(text), start=1):
         if not line.strip():
             continue
         record = Record(len(records) + 1, number, {})
@@ -243,7 +258,7 @@ def _json_lines(text: str, path: Path, kind: str) -> Table:
             record.problem = f"not valid JSON ({_reason(error)})"
         else:
             _fill(record, value)
-        records.append(record)
+        _add(records, record, path)
     if kind == ".json" and records and all(record.problem for record in records):
         raise EngineError(
             "E3.3",
@@ -254,11 +269,23 @@ def _json_lines(text: str, path: Path, kind: str) -> Table:
     return Table(_keys(records), records)
 
 
+def _lines(text: str) -> Iterator[str]:
+    """Lines one by one; not splitlines, since U+2028 may stand inside a string."""
+    start = 0
+    while start < len(text):
+        end = text.find("\n", start)
+        end = len(text) if end < 0 else end
+        yield text[start:end]
+        start = end + 1
+
+
 def _json_array(text: str, path: Path) -> Table:
     try:
         values = json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         raise EngineError("E3.3", f"not valid JSON: {_reason(error)}", _shown_path(path), "correct the file") from error
+    if len(values) > MAX_ROWS:
+        raise _too_large(path, f"{MAX_ROWS:,} rows")
     records = [Record(row, None, {}) for row in range(1, len(values) + 1)]
     for record, value in zip(records, values, strict=True):
         _fill(record, value)
@@ -268,8 +295,9 @@ def _json_array(text: str, path: Path) -> Table:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is given twice")
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+        raise ValueError(f"{twice!r} is given twice")
     return values
 
 
@@ -300,12 +328,44 @@ def _parquet(path: Path, columns: Iterable[str]) -> Table:
             "E3.3", "parquet needs pyarrow", _shown_path(path), "pip install pyarrow, or use CSV"
         ) from error
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            names = list(file.schema_arrow.names)
-            wanted = [name for name in names if name in set(columns)]
-            rows = file.read(columns=wanted).to_pylist() if wanted else []
+        schema = pyarrow.parquet.read_schema(path)
+        names = list(schema.names)
+        wanted = [name for name in names if name in set(columns)]
+        texts = [name for name in wanted if pyarrow.types.is_string(schema.field(name).type)]
+        # As a dictionary, a text that stands in a million rows is in memory once.
+        with pyarrow.parquet.ParquetFile(path, read_dictionary=texts) as file:
+            rows = _parquet_rows(file, wanted, path) if wanted else []
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise EngineError(
             "E3.3", f"not readable as parquet: {error}", _shown_path(path), "write the file again"
         ) from error
     return Table(names, [Record(row, None, values) for row, values in enumerate(rows, start=1)])
+
+
+def _parquet_rows(file: Any, wanted: list[str], path: Path) -> list[dict[str, Any]]:
+    """Rows of the wanted columns, counted and weighed before they become Python's."""
+    if file.metadata.num_rows > MAX_ROWS:
+        raise _too_large(path, f"{MAX_ROWS:,} rows")
+    groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
+    sizes = [group.column(at).total_uncompressed_size for group in groups for at in range(group.num_columns)]
+    if sum(sizes) > MAX_BYTES:
+        raise _too_large(path, f"{MAX_BYTES >> 20} MiB")
+    rows: list[dict[str, Any]] = []
+    weight = 0
+    for batch in file.iter_batches(batch_size=1024, columns=wanted):
+        weight += sum(_weight(column) for column in batch.columns)
+        if weight > MAX_BYTES:
+            raise _too_large(path, f"{MAX_BYTES >> 20} MiB of text")
+        rows += batch.to_pylist()
+    return rows
+
+
+def _weight(column: Any) -> int:
+    """Bytes of a column once each row holds its own value."""
+    import pyarrow
+    import pyarrow.compute
+
+    if not pyarrow.types.is_dictionary(column.type):
+        return column.nbytes
+    lengths = pyarrow.compute.binary_length(column.dictionary)
+    return pyarrow.compute.sum(lengths.take(column.indices)).as_py() or 0

@@ -13,8 +13,10 @@ import time
 import unicodedata
 from pathlib import Path
 
+import pandas
 import pytest
 
+from engine.data import files
 from engine.data.rows import Example, check_splits, fingerprint, read_examples
 from engine.errors import EngineError
 from engine.recipe.schema import Data
@@ -337,10 +339,10 @@ def test_paths_that_are_no_files(tmp_path):
 def test_unreadable_file(tmp_path, monkeypatch):
     path = write(tmp_path, "rows.csv", as_csv())
 
-    def refuse(self):
+    def refuse(self, mode):
         raise PermissionError(13, "Permission denied", str(self))
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(EngineError, match="E3.1.*Permission denied"):
         read(path)
 
@@ -517,3 +519,66 @@ def test_real_files(shared_data):
     check_splits(train, dev, allow_overlap=False)
     with pytest.raises(EngineError, match="'dialogue' is missing; the columns are '', 'fname', 'summary'"):
         read(folder / "sample_submission.csv")
+
+
+# Files meant to fill the memory, or made so by accident
+
+
+def test_a_repeated_key_among_very_many_is_found_at_once(tmp_path):
+    keys = ",".join(f'"k{i}": 1' for i in range(200_000))
+    with pytest.raises(EngineError, match=r"E3\.5.*'k7' is given twice"):
+        read(write(tmp_path, "rows.jsonl", "{" + keys + ', "k7": 2}'))
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl", "rows.json", "rows.csv.gz", "rows.parquet"])
+def test_more_rows_than_a_run_can_hold(tmp_path, monkeypatch, name):
+    rows = [ROWS[0] | {"fname": f"r{i}"} for i in range(60)]
+    path = tmp_path / name
+    if name.endswith("parquet"):
+        pandas.DataFrame(rows).to_parquet(path)
+    else:
+        text = json.dumps(rows) if name.endswith(".json") else (as_csv if "csv" in name else as_jsonl)(rows)
+        path.write_bytes(gzip.compress(text.encode()) if name.endswith("gz") else text.encode())
+    monkeypatch.setattr(files, "MAX_ROWS", 60)
+    assert len(read(path)) == 60
+    monkeypatch.setattr(files, "MAX_ROWS", 59)
+    with pytest.raises(EngineError, match=r"E3\.10: the file holds more than 59 rows"):
+        read(path)
+
+
+@pytest.mark.parametrize("kind", ["plain", "gzip", "sparse", "one cell", "dictionary"])
+def test_more_bytes_than_a_run_can_hold(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(files, "MAX_BYTES", 1 << 20)
+    path = tmp_path / {"plain": "r.csv", "gzip": "r.csv.gz", "sparse": "r.csv"}.get(kind, "r.parquet")
+    if kind == "sparse":
+        with path.open("wb") as file:
+            file.truncate(1 << 40)
+    elif path.suffix == ".parquet":
+        cell = "가" * (400_000 if kind == "one cell" else 5_000)  # 15 kB, stored once, in 5,000 rows
+        pandas.DataFrame(
+            {"dialogue": [cell] * (1 if kind == "one cell" else 5_000), "summary": "x", "fname": "y"}
+        ).to_parquet(path)
+        assert kind == "one cell" or path.stat().st_size < 1 << 20
+    else:
+        data = (HEADER + GOOD * 100_000).encode()
+        path.write_bytes(gzip.compress(data) if kind == "gzip" else data)
+    with pytest.raises(EngineError, match=r"E3\.10: the file holds more than 1 MiB"):
+        read(path)
+
+
+def test_more_values_than_a_run_can_hold(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "MAX_VALUES", 1000)
+    with pytest.raises(EngineError, match=r"E3\.10: the file holds more than 1,000 lists and objects"):
+        read(write(tmp_path, "rows.jsonl", '{"fname": ' + "[" * 600 + "]" * 600 + "}\n" + "[]" * 500))
+
+
+def test_the_same_text_as_a_dictionary_and_written_out(tmp_path):
+    """Texts are read as dictionaries to count them; rows must not notice."""
+    rows = [ROWS[i % 3] | {"fname": f"r{i}"} for i in range(3000)]
+    frame = pandas.DataFrame(rows)
+    frame.to_parquet(tmp_path / "a.parquet", use_dictionary=True)
+    frame.to_parquet(tmp_path / "b.parquet", use_dictionary=False)
+    texts = [
+        [(row.id, row.dialogue, row.references) for row in read(tmp_path / name)] for name in ("a.parquet", "b.parquet")
+    ]
+    assert texts[0] == texts[1] and len(texts[0]) == 3000
