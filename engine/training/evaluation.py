@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from engine.runtime.process import Runtime
 
 
+LOWER_IS_BETTER = {"loss"}  # of all other metrics, more is better
+
+
 @dataclass(frozen=True)
 class Split:
     """One data split, ready to be evaluated. `targets` is None where there are no references."""

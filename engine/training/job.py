@@ -201,7 +201,7 @@ class Job:
         if value is None or not math.isfinite(value):
             log.warning("evaluation.metric %s is %s at step %d; it cannot be the best", metric, value, state.step)
         else:
-            sign = -1.0 if metric == "loss" else 1.0  # of everything else, more is better
+            sign = -1.0 if metric in evaluation.LOWER_IS_BETTER else 1.0
             gain = math.inf if state.best_value is None else sign * (value - state.best_value)
             if gain > training.early_stopping_threshold:
                 state.evaluations_without_gain = 0
