@@ -74,13 +74,8 @@ def check_target(examples: Sequence[Example], options: argparse.Namespace) -> No
     output = Path(options.output)
     no_file = options.output == "-" or (output.exists() and not output.is_file())  # devices would be replaced
     if no_file or output.suffix.lower() in _OTHER_FORMATS:
-        raise EngineError(
-            "E2.37",
-            f"predictions are written as CSV, or as JSON lines to a name in .jsonl, not to {options.output}",
-            "--output",
-            "choose another --output",
-            safe="nothing was decoded",
-        )
+        what = f"predictions are written as CSV, or as JSON lines to a name in .jsonl, not to {options.output}"
+        raise EngineError("E2.37", what, "--output", "choose another --output", safe="nothing was decoded")
     if options.input != "-" and output.exists() and output.samefile(options.input):
         what = "the output would replace the input"
         raise EngineError("E2.38", what, str(output), "choose another --output", safe="nothing was decoded")

@@ -86,13 +86,8 @@ class Predictor:
         bundle, self.generation = self.bundle, recipe.generation
         bundle.set_lengths(**{name: getattr(recipe.data, name) for name in asked("data") if name in bundle.lengths})
         if (changed := asked("prompt")) and bundle.prompt_is_known:
-            raise EngineError(
-                "E2.28",
-                "the model must be prompted the way it was trained",
-                f"prompt.{changed[0]}",
-                f"leave prompt.{changed[0]} out",
-                safe="nothing was decoded",
-            )
+            what, key = "the model must be prompted the way it was trained", f"prompt.{changed[0]}"
+            raise EngineError("E2.28", what, key, f"leave {key} out", safe="nothing was decoded")
         if changed:
             bundle.prompt = PromptSettings(**recipe.prompt.model_dump())
         elif not bundle.prompt_is_known:

@@ -43,12 +43,8 @@ def build_optimizer(groups: list[dict[str, Any]], training: Training, device: to
         # Unfused on purpose under fp16: GradScaler cannot see whether a fused step was skipped.
         return torch.optim.AdamW(groups, **settings)
     if training.optim.startswith("paged") and device.type != "cuda":
-        raise EngineError(
-            "E2.20",
-            f"training.optim: {training.optim} keeps its state in CUDA unified memory, and this run has no GPU",
-            f"device {device}",
-            "set training.optim=adamw or adamw_8bit",
-        )
+        what = f"training.optim: {training.optim} keeps its state in CUDA unified memory, and this run has no GPU"
+        raise EngineError("E2.20", what, f"device {device}", "set training.optim=adamw or adamw_8bit")
     import bitsandbytes
 
     factories = {

@@ -51,17 +51,18 @@ def read_splits(recipe: Recipe, runtime: Runtime) -> Splits:
     settings = recipe.data
     if settings.train_file is None:
         raise EngineError("E2.21", "there is nothing to train on", "data.train_file", "set data.train_file")
-    dev: list[Example] = []
-    test: list[Example] = []
+
+    def read(file: str, limit: int | None, *, require_summary: bool = True) -> list[Example]:
+        return rows.read_examples(file, settings, require_summary=require_summary, limit=limit)
+
+    dev, test = [], []
     with runtime.together("reading data"):
-        train = rows.read_examples(settings.train_file, settings, require_summary=True, limit=settings.max_train_samples)
+        train = read(settings.train_file, settings.max_train_samples)
         if settings.validation_file is not None and recipe.evaluation.strategy != "no":
-            limit = settings.max_validation_samples
-            dev = rows.read_examples(settings.validation_file, settings, require_summary=True, limit=limit)
+            dev = read(settings.validation_file, settings.max_validation_samples)
             rows.check_splits(train, dev, allow_overlap=settings.allow_overlap)
         if settings.test_file is not None:
-            limit = settings.max_test_samples
-            test = rows.read_examples(settings.test_file, settings, require_summary=False, limit=limit)
+            test = read(settings.test_file, settings.max_test_samples, require_summary=False)
     return Splits(train, dev, test)
 
 
