@@ -94,12 +94,10 @@ def write(
     examples: Sequence[Example], summaries: Sequence[Summary], options: argparse.Namespace, recipe: Recipe
 ) -> None:
     """Write the output file; print scores and how the texts ended. Raises: EngineError E6 where it cannot be written."""
-    texts = without_empty(
-        [row.id for row in examples], [row.dialogue for row in examples], [summary.text for summary in summaries]
-    )
-    output = Path(options.output)
+    ids, output = [example.id for example in examples], Path(options.output)
+    texts = without_empty(ids, [example.dialogue for example in examples], [summary.text for summary in summaries])
     try:
-        _write_file(examples, summaries, texts, output, options.sample_submission)
+        _write_file(ids, summaries, texts, output, options.sample_submission)
     except OSError as error:
         kept = "decoded rows are kept beside it"
         raise storage_error(error, output, "writing the output", kept, _ELSEWHERE) from error
@@ -108,9 +106,8 @@ def write(
 
 
 def _write_file(
-    examples: Sequence[Example], summaries: Sequence[Summary], texts: list[str], output: Path, sample: str | None
+    ids: list[str], summaries: Sequence[Summary], texts: list[str], output: Path, sample: str | None
 ) -> None:
-    ids = [example.id for example in examples]
     if sample is not None:
         write_submission(submission_table(ids, texts, sample), output)
     elif output.suffix.lower() == ".jsonl":
