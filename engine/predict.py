@@ -63,11 +63,11 @@ def predict(options: argparse.Namespace, recipe: Recipe, runtime: Runtime) -> li
         )
         predictor.override(recipe)
         summarizer = predictor.summarizer(recipe.evaluation.per_device_eval_batch_size)
-    features = predictor.features([row.dialogue for row in examples], [row.topic for row in examples])
-    partial = PartialResults(
-        options.output, runtime.rank, fingerprint=_fingerprint(options, examples, summarizer, predictor)
-    )
-    dialogues = {index: row.dialogue for index, row in enumerate(examples)}
+    with runtime.together("tokenising"):
+        features = predictor.features(examples)
+    decided_by = _decided_by(options, examples, summarizer, predictor)
+    partial = PartialResults(options.output, runtime.rank, fingerprint=decided_by)
+    dialogues = [row.dialogue for row in examples]
     with runtime.autocast():
         summaries = decode_rest(predictor, summarizer, dialogues, features, partial, runtime)
     with runtime.together("writing the output"):
@@ -80,16 +80,15 @@ def predict(options: argparse.Namespace, recipe: Recipe, runtime: Runtime) -> li
 def decode_rest(
     predictor: Predictor,
     summarizer: Summarizer,
-    dialogues: dict[int, str],
+    dialogues: list[str],
     features: list[Feature],
     partial: PartialResults,
     runtime: Runtime,
 ) -> list[Summary]:
-    """Decode what no side file holds; no collective until all ranks are through."""
+    """Decode what no side file holds; no collective until all ranks have decoded."""
     import torch
 
-    from engine.prediction.summarizer import Summary
-    from engine.training.evaluation import gather_summaries
+    from engine.prediction.summarizer import Summary, gather_summaries
 
     with runtime.together("reading what is decoded already"):
         records = partial.read_all() if runtime.is_main else None
@@ -108,7 +107,7 @@ def decode_rest(
         mine = summarizer.summarize(
             predictor.bundle.model,
             features,
-            dialogues=dialogues,
+            dialogues,
             skip=known.keys(),
             rank=runtime.rank,
             world_size=runtime.world_size,
@@ -158,10 +157,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(arguments)
 
 
-def _fingerprint(
+def _decided_by(
     options: argparse.Namespace, examples: list[Example], summarizer: Summarizer, predictor: Predictor
 ) -> str:
-    """Of everything that decides a decoded row: model files, prompt, settings, input."""
+    """sha256 of everything that decides a decoded row: model files, prompt, settings, input."""
     from engine.data.rows import fingerprint
     from engine.prediction.predictor import model_folder
 

@@ -118,14 +118,14 @@ def run(
 
     with start(recipe) as runtime:
         if dry_run:
-            return setup.plan(recipe, runtime)
+            return setup.dry_run(recipe, runtime)
         folder = runtime.open_run(recipe, resume)
         if folder.finished:
             return finish.already_complete(folder.path, runtime)
-        data = setup.read_splits(recipe, runtime)  # bad rows are told before minutes go into loading a model
-        with setup.prepare(recipe, runtime, folder, data, resume, allow_change) as job:
+        splits = setup.read_splits(recipe, runtime)  # bad rows are told before minutes go into loading a model
+        with setup.prepare(recipe, runtime, folder, splits, resume, allow_change) as job:
             train(job)
-            return finish.finish(job, data)
+            return finish.write_results(job, splits.test)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

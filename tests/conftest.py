@@ -40,6 +40,25 @@ def shared_data() -> Path:
     return SHARED_DATA
 
 
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A finished run of a tiny Bart: two epochs, with a test split and TensorBoard. Read it, or copy it and write there."""
+    import runs
+    import tiny
+
+    folder = tmp_path_factory.mktemp("trained")
+    test = tiny.write_rows(folder / "test.jsonl", 5)
+    recipe = runs.write_recipe(
+        folder,
+        training__num_train_epochs=2,
+        data__test_file=str(test),
+        tracking__report_to=["tensorboard"],
+        checkpoint__save_total_limit=1,
+    )
+    results = runs.train(recipe)
+    return folder, results
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     """The same random numbers for each test, whichever tests ran before it."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import pytest
 import runs
 import tiny
 
-from engine import Predictor, load_recipe
+from engine import load_recipe
 from engine.errors import EngineError
 
 CHECK = runs.ROOT.parent / "shared" / "checks" / "check_run.py"
@@ -24,22 +23,6 @@ def hold_against_contract(run_dir):
     if CHECK.is_file():
         done = subprocess.run([sys.executable, str(CHECK), str(run_dir)], capture_output=True, text=True, check=False)
         assert done.stdout.strip() == "contract holds", done.stdout
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A finished run of a tiny Bart: two epochs, with a test split and TensorBoard."""
-    folder = tmp_path_factory.mktemp("trained")
-    test = tiny.write_rows(folder / "test.jsonl", 5)
-    recipe = runs.write_recipe(
-        folder,
-        training__num_train_epochs=2,
-        data__test_file=str(test),
-        tracking__report_to=["tensorboard"],
-        checkpoint__save_total_limit=1,
-    )
-    results = runs.train(recipe)
-    return folder, results
 
 
 def test_run_folder_keeps_the_contract(trained):
@@ -63,106 +46,6 @@ def test_resolved_recipe_trains_the_same_again(trained, tmp_path):
     run(again)
     losses = [row["loss"] for row in runs.rows_of(folder / "run")]
     assert [row["loss"] for row in runs.rows_of(tmp_path / "again")] == losses
-
-
-def test_tensorboard_holds_the_rows(trained):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    folder, _ = trained
-    events = EventAccumulator(str(folder / "run" / "tensorboard")).Reload()
-    tags = events.Tags()
-    assert {"train/loss", "train/learning_rate", "train/grad_norm", "train/tokens_per_second"} <= set(tags["scalars"])
-    assert {"eval/loss", "eval/rouge1", "eval/rouge_sum", "train/peak_memory_gib"} <= set(tags["scalars"])
-    assert "eval/samples/text_summary" in tags["tensors"]
-    rows = {row["step"]: row["loss"] for row in runs.rows_of(folder / "run")}
-    shown = {event.step: event.value for event in events.Scalars("train/loss")}
-    assert shown == pytest.approx(rows, rel=1e-6)
-
-
-def test_best_weights_are_the_final_model(trained):
-    from safetensors.torch import load_file
-
-    folder, results = trained
-    run_dir = folder / "run"
-    best = load_file(run_dir / f"checkpoint-{results['best_step']}" / "model.safetensors")
-    final = load_file(run_dir / "final_model" / "model.safetensors")
-    assert best.keys() == final.keys() and all((best[name] == final[name]).all() for name in best)
-    assert not (run_dir / "final_model" / "engine_state").exists()
-
-
-def test_predictor_agrees_with_the_run(trained):
-    folder, results = trained
-    predictor = Predictor.from_run(folder / "run")
-    with (folder / "run" / "predictions" / f"test-step{results['best_step']}.csv").open(encoding="utf-8") as handle:
-        rows = list(csv.DictReader(handle))
-    dialogues = [row["dialogue"] for row in rows]
-    assert predictor.predict_batch(dialogues, show_progress=False) == [row["prediction"] for row in rows]
-    assert predictor.predict_single(dialogues[0]) == rows[0]["prediction"]
-    frame = pd.DataFrame({"fname": ["b", "a"], "dialogue": dialogues[:2]}, index=[7, 3])
-    predicted = predictor.predict_dataframe(frame, show_progress=False)
-    assert list(predicted.index) == [7, 3] and list(predicted["summary"]) == [row["prediction"] for row in rows[:2]]
-    assert "summary" not in frame.columns
-
-
-def test_predictor_takes_settings_by_name(trained):
-    folder, _ = trained
-    predictor = Predictor.from_run(folder / "run")
-    short = predictor.summarize(["#Person1#: 안녕하세요?"], max_new_tokens=2)
-    assert short[0].tokens <= 2
-    with pytest.raises(EngineError, match="max_new_tokens"):
-        predictor.predict_single("안녕", max_new_token=3)
-    with pytest.raises(EngineError) as caught:
-        predictor.predict_batch(["안녕", ""])
-    assert caught.value.exit_code == 3
-
-
-def test_predictor_refuses_what_it_cannot_read(trained):
-    folder, _ = trained
-    predictor = Predictor.from_run(folder / "run")
-    assert predictor.predict_batch(text for text in ["안녕?"]) == [predictor.predict_single("안녕?")]
-    for dialogues, batch_size in (["\ud800"], 4), ([None], 4), ("안녕", 4), (["안녕"], 0):
-        with pytest.raises(EngineError) as caught:
-            predictor.predict_batch(dialogues, batch_size=batch_size)
-        assert caught.value.exit_code == (3 if batch_size else 2)
-
-
-def test_a_submission_is_checked_before_and_never_lost_after_decoding(trained, tmp_path, monkeypatch):
-    from engine.prediction import summarizer as prediction_summarizer
-
-    folder, _ = trained
-    predictor, target = Predictor.from_run(folder / "run"), tmp_path / "out.csv"
-    frame = pd.DataFrame({"fname": ["a", "b"], "dialogue": ["#Person1#: 안녕?\n#Person2#: 네.", "뭐 해?"]})
-    sample = tmp_path / "sample.csv"
-    sample.write_text("fname,summary\na,x\nc,y\n", encoding="utf-8")
-
-    def decode(self, model, rows, mask):
-        return [prediction_summarizer.Summary(row.index, ["" if row.index else "요약"], [0.0], 1, True) for row in rows]
-
-    monkeypatch.setattr(prediction_summarizer.Summarizer, "_decode", decode)
-    assert list(predictor.create_submission(frame, target, show_progress=False)["summary"]) == ["요약", "뭐 해?"]
-    monkeypatch.setattr(prediction_summarizer.Summarizer, "_decode", lambda *_: pytest.fail("decoded too early"))
-    for wrong, given in ((frame.drop(columns="fname"), None), (frame, sample), (frame.assign(fname="a"), None)):
-        with pytest.raises(EngineError) as caught:
-            predictor.create_submission(wrong, target, sample_submission=given)
-        assert caught.value.exit_code == 3
-
-
-def test_script_rules_reach_the_text(trained):
-    """No Latin letter outside placeholders, unless the dialogue has the word and the rule spares it."""
-    folder, _ = trained
-    predictor = Predictor.from_run(folder / "run")
-    dialogues = ["#Person1#: Mr. Smith 씨 안녕하세요?", "#Person1#: 오늘 뭐 해요?"]
-    free = [mask.isfinite().sum() for mask in _masks(predictor, dialogues, keep_source_words=True)]
-    strict = [mask.isfinite().sum() for mask in _masks(predictor, dialogues, keep_source_words=False)]
-    assert free[0] > strict[0] and free[1] == strict[1]
-    for text in predictor.predict_batch(dialogues, show_progress=False, block_scripts=["latin", "kana", "han"]):
-        assert not re.search(r"[A-Za-z]", re.sub(r"#\w+#", "", text))
-
-
-def _masks(predictor, dialogues, keep_source_words):
-    summarizer = predictor.summarizer(2, block_scripts=["latin"], keep_source_words=keep_source_words)
-    mask = summarizer.masks(predictor.features(dialogues), dict(enumerate(dialogues)))
-    return mask if mask.dim() == 2 else [mask] * len(dialogues)
 
 
 def test_predict_command_on_one_and_two_ranks(trained):
@@ -278,58 +161,6 @@ def test_overrides_of_a_prediction_work_or_are_refused(trained, tmp_path, monkey
     assert max(seen[-1]) > max(seen[-2])
 
 
-@pytest.mark.parametrize(
-    ("output", "code"), [("-", 2), ("out.parquet", 2), ("in.csv", 2), (".", 2), ("/dev/null", 2), ("in.csv/out.csv", 6)]
-)
-def test_outputs_are_refused_before_anything_is_decoded(trained, tmp_path, output, code):
-    from engine import predict
-
-    folder, _ = trained
-    source = tmp_path / "in.csv"
-    source.write_text('fname,dialogue\na,"#Person1#: 안녕?"\n', encoding="utf-8")
-    before = source.read_bytes()
-    target = output if output in ("-", "/dev/null") else str(tmp_path / output)
-    with pytest.raises(EngineError) as caught:
-        predict.main([str(folder / "run"), "--input", str(source), "--output", target])
-    assert caught.value.exit_code == code and "nothing was decoded" in str(caught.value)
-    assert source.read_bytes() == before and [path.name for path in tmp_path.iterdir()] == ["in.csv"]
-
-
-def test_a_prediction_goes_on_where_it_stopped(trained, monkeypatch, capsys):
-    """Batches that a side file holds are not decoded again, and the file comes out the same."""
-    from engine import predict
-    from engine.prediction import summarizer as prediction_summarizer
-
-    folder, _ = trained
-    whole, resumed = folder / "whole.csv", folder / "resumed.csv"
-    arguments = [str(folder / "run"), "--input", str(folder / "test.jsonl")]
-    batch = "evaluation.per_device_eval_batch_size=2"
-    assert predict.main([*arguments, "--output", str(whole), batch]) == 0
-
-    decoded: list[int] = []
-    plain = prediction_summarizer.Summarizer._decode
-
-    def counted(self, model, rows, mask):
-        if len(decoded) >= 2 and not counted.alive:
-            raise KeyboardInterrupt
-        decoded.extend(row.index for row in rows)
-        return plain(self, model, rows, mask)
-
-    counted.alive = False
-    monkeypatch.setattr(prediction_summarizer.Summarizer, "_decode", counted)
-    with pytest.raises(KeyboardInterrupt):
-        predict.main([*arguments, "--output", str(resumed), batch])
-    assert not resumed.exists() and len(decoded) == 2
-    side = next(folder.glob("resumed.csv.partial-rank0.jsonl"))
-    side.write_text(side.read_text(encoding="utf-8") + 'no JSON\n{"fingerprint": "torn', encoding="utf-8")
-    counted.alive = True
-    capsys.readouterr()
-    assert predict.main([*arguments, "--output", str(resumed), batch]) == 0
-    assert "2 of 5 rows were decoded before" in capsys.readouterr().err
-    assert sorted(decoded) == list(range(5)), "every row once"
-    assert resumed.read_bytes() == whole.read_bytes()
-
-
 def test_resume_of_a_finished_run_changes_nothing(trained):
     folder, results = trained
     before = {path: path.stat().st_mtime_ns for path in (folder / "run").rglob("*") if path.is_file()}
@@ -345,15 +176,6 @@ def test_debug_serves_any_recipe(tmp_path):
     assert not (tmp_path / "run" / "tensorboard").exists()
 
 
-def test_dry_run_writes_nothing(tmp_path):
-    recipe = runs.write_recipe(tmp_path)
-    done = runs.launch("engine/train.py", recipe, "--dry-run")
-    assert done.returncode == 0, done.stderr[-2000:]
-    for word in ("updates: 6", "parameters", "first batch"):
-        assert word in done.stdout
-    assert not (tmp_path / "run").exists()
-
-
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_other_precisions_train_on_the_cpu(tmp_path, precision):
     recipe = runs.write_recipe(tmp_path, training__precision=precision, runtime__emulate_fp16_on_cpu=True)
@@ -361,26 +183,6 @@ def test_other_precisions_train_on_the_cpu(tmp_path, precision):
     rows = runs.rows_of(tmp_path / "run")
     assert rows[-1]["loss"] < rows[0]["loss"]
     assert ("loss_scale" in rows[0]) == (precision == "fp16")
-
-
-def test_wandb_offline_gets_the_same_rows(tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    runs.train(runs.write_recipe(tmp_path, tracking__report_to=["wandb"]))
-    assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))
-
-
-def test_early_stopping_and_best_by_loss(tmp_path):
-    recipe = runs.write_recipe(
-        tmp_path,
-        training__num_train_epochs=20,
-        training__learning_rate=1e-12,  # nothing changes: no evaluation is better than the first
-        training__early_stopping_patience=2,
-        evaluation__metric="loss",
-    )
-    results = runs.train(recipe)
-    assert results["best_step"] == 6 and results["last_step"] == 18
-    assert "no better loss in 2 evaluations" in results["stop_reason"]
 
 
 @pytest.mark.slow
@@ -474,48 +276,3 @@ def test_dialogues_and_summaries_longer_than_the_model(tmp_path, capsys, family)
     arguments = ["--input", str(tmp_path / "dev.jsonl"), "--output", str(tmp_path / "out.csv")]
     assert predict.main([str(foreign), *arguments, "generation.min_new_tokens=1"]) == 0
     assert predict.main([str(foreign), *arguments, "data.max_source_length=200", "generation.max_length=300"]) == 0
-
-
-PASSED_ON = [
-    *("do_sample=true min_p=0.1", "do_sample=true top_h=0.4", "do_sample=true typical_p=0.9"),
-    *("do_sample=true epsilon_cutoff=0.001", "do_sample=true eta_cutoff=0.001"),
-    *("encoder_repetition_penalty=1.2", "encoder_no_repeat_ngram_size=2", "bad_words_ids=[[5],[6,7]]"),
-    *("sequence_bias=[[[5],2],[[6,7],-1.5]]", "suppress_tokens=[9,10]", "begin_suppress_tokens=[9]"),
-    *("exponential_decay_length_penalty=[2,1.1]", "renormalize_logits=true", "remove_invalid_values=true"),
-    *("guidance_scale=1.0", "max_time=30", "stop_strings=[다,.]", "use_cache=false", "min_length=2", "early_stopping=never"),
-    *("pad_token_id=1", "bos_token_id=2", "eos_token_id=[3,5]", "decoder_start_token_id=2", "forced_bos_token_id=5"),
-    *("forced_eos_token_id=-1", "forced_eos_token_id=[3]"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("settings", PASSED_ON)
-def test_every_name_of_generate_decodes(trained, settings):
-    """Whatever transformers' `generate` takes by name, a recipe may say; what our search lacks runs there."""
-    import yaml
-
-    folder, _ = trained
-    predictor = Predictor.from_run(folder / "run")
-    pairs = (part.split("=", 1) for part in settings.split())
-    found = predictor.predict_single(tiny.TEXTS[0], **{name: yaml.safe_load(value) for name, value in pairs})
-    assert isinstance(found, str)
-
-
-@pytest.mark.parametrize(
-    "setting",
-    [
-        *("eos_token_id=[]", "eos_token_id=1e300", "pad_token_id=-1", "forced_bos_token_id=100000", "eos_token_id=100000"),
-        *("bad_words_ids=[]", "bad_words_ids=[[]]", "bad_words_ids=[[100000]]", "sequence_bias=[1]", "sequence_bias=[x]"),
-        *("sequence_bias=[[[100000],1.0]]", "stop_strings=[]", "stop_strings=['']", "length_penalty=1e9"),
-        *("encoder_no_repeat_ngram_size=1e9", "suppress_tokens=[-4]", "forced_eos_token_id=[]", "forced_eos_token_id=-2"),
-        "guidance_scale=1.5",
-    ],
-)  # fmt: skip
-def test_settings_that_cannot_be_are_refused(trained, setting):
-    import yaml
-
-    folder, _ = trained
-    predictor = Predictor.from_run(folder / "run")
-    name, value = setting.split("=", 1)
-    with pytest.raises(EngineError) as caught:
-        predictor.predict_single(tiny.TEXTS[0], **{name: yaml.safe_load(value.replace("1e300", "1.0e300"))})
-    assert caught.value.exit_code == 2 and f"generation.{name}" in str(caught.value)

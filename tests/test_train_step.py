@@ -14,9 +14,9 @@ from engine.data.collate import IGNORE_INDEX
 from engine.errors import EngineError
 from engine.recipe.schema import Training
 from engine.train import train_step
-from engine.training import nonfinite, optim
+from engine.training import optim
 from engine.training.losses import supervised_tokens
-from engine.training.state import TrainerState, Update, Window
+from engine.training.state import Update, Window
 
 
 class OneRank:
@@ -56,7 +56,7 @@ class Parts:
             for batch in batches:
                 batch["labels"].fill_(IGNORE_INDEX)
         tokens = sum(int(supervised_tokens(batch)) for batch in batches)
-        return Window(batches, tokens, cells=60, ids=["row_1", "row_2"])
+        return Window(batches, tokens, all_tokens=60, ids=["row_1", "row_2"])
 
     def step(self, window=None) -> Update:
         window = window or self.window()
@@ -150,31 +150,3 @@ def test_a_window_without_supervised_tokens_makes_no_update(enabled):
     assert not update.applied and update.loss == 0.0
     assert torch.equal(before, parts.weights())
     assert parts.step().applied
-
-
-def test_skipping_for_ever_ends_the_run():
-    training = Training(max_skipped_updates=3)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    state = TrainerState()
-    skipped = Update(loss=math.nan, grad_norm=math.nan, learning_rate=0.0, applied=False)
-    for _ in range(3):
-        state.advance(Window([], 1, 1, []), skipped, updates_per_epoch=100)
-        nonfinite.check_skipping(state, scaler, training)
-    state.advance(Window([], 1, 1, []), skipped, updates_per_epoch=100)
-    with pytest.raises(EngineError, match="4 updates in a row") as caught:
-        nonfinite.check_skipping(state, scaler, training)
-    assert caught.value.exit_code == 7
-
-
-def test_a_collapsed_scale_ends_the_run():
-    scaler = torch.amp.GradScaler("cpu", init_scale=0.25)
-    with pytest.raises(EngineError, match="fell to 0.25"):
-        nonfinite.check_skipping(TrainerState(), scaler, Training())
-
-
-def test_skipped_windows_use_up_data_but_are_no_steps():
-    state = TrainerState()
-    window = Window([], 1, 1, [])
-    for applied in (True, False, True):
-        state.advance(window, Update(1.0, 1.0, 0.1, applied), updates_per_epoch=2)
-    assert (state.step, state.epoch, state.window, state.skipped, state.skipped_in_a_row) == (2, 1, 1, 1, 0)

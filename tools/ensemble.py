@@ -207,8 +207,6 @@ def decode_together(subjects: Sequence[Subject], weights: Sequence[float], overr
     from ensembling import generate_together
     from trials import Decoding
 
-    from engine.prediction.postprocess import postprocess
-
     first = subjects[0]
     summarizer = first.summarizer(first.generation(overrides))
     started = time.perf_counter()
@@ -220,18 +218,14 @@ def decode_together(subjects: Sequence[Subject], weights: Sequence[float], overr
             pad_token_id=first.bundle.tokenizer.pad_token_id,
             weights=weights,
             max_batch_size=first.recipe.evaluation.per_device_eval_batch_size,
-            vocabulary_mask=summarizer.masks(first.prompts, first.dialogues),
+            vocabulary_mask=summarizer.mask_for(first.dialogues),
         )
     except ValueError as error:
         raise EngineError(
             "E4.63", str(error), "average", "combine predictions with mbr instead", safe=NOTHING_WRITTEN
         ) from error
-    best = [hypotheses[0] for hypotheses in n_best]
-    texts = [
-        postprocess(summarizer.encoder.decode(h.token_ids), **summarizer.fixes, capped=not h.ended)[0] for h in best
-    ]
-    seconds = time.perf_counter() - started
-    return Decoding(texts, [h.ended for h in best], sum(len(h.token_ids) for h in best), seconds)
+    summaries = [summarizer.summary_of(index, hypotheses) for index, hypotheses in enumerate(n_best)]
+    return Decoding.of(summaries, time.perf_counter() - started)
 
 
 # --- both -----------------------------------------------------------------------------------------------------------

@@ -25,7 +25,6 @@ from engine.generation.api import Hypothesis
 from engine.generation.cache import ATTENTION_NAME
 from engine.generation.decoder import Prompt, TreeDecoder
 from engine.generation.encoder import encode
-from engine.generation.linears import fast_linears
 from engine.generation.search import Decoded, Search, unsupported
 from engine.generation.settings import GenerationSettings
 from engine.scoring import rouge
@@ -163,7 +162,7 @@ def generate_together(
         if vocabulary_mask is not None:
             vocabulary_mask = vocabulary_mask.to(modelstate.unwrap(models[0]).device)
         steps = (settings.max_new_tokens or settings.max_length) * len(results)
-        bases = [_ready(model, stack, steps) for model in models]
+        bases = [stack.enter_context(api.prepared(model, steps)) for model in models]
         _refuse_strangers(bases)
         seq2seq = bases[0].config.is_encoder_decoder
         lengths = [max(len(rows[i]) for rows in prompts) for i in range(len(prompts[0]))]
@@ -181,16 +180,6 @@ def generate_together(
             if on_batch is not None:
                 on_batch(batch, hypotheses)
     return results
-
-
-def _ready(model: torch.nn.Module, stack: ExitStack, steps: int) -> torch.nn.Module:
-    """The transformers model inside wrappers, ours alone, without dropout and quick until the stack is left."""
-    base = modelstate.unwrap(model)
-    stack.enter_context(modelstate.exclusive(base))
-    stack.enter_context(torch.no_grad())
-    stack.enter_context(modelstate.evaluation_mode(base))
-    stack.enter_context(fast_linears(base, steps))
-    return base
 
 
 def _refuse_strangers(bases: Sequence[torch.nn.Module]) -> None:

@@ -21,7 +21,6 @@ import random
 import shutil
 import signal
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -303,12 +302,9 @@ def main() -> int:
     parser.add_argument("--keep", metavar="FOLDER", help="work there and keep the runs with findings")
     options = parser.parse_args()
 
-    fault_lab.import_once()
     began = time.monotonic()
-    work = Path(options.keep or tempfile.mkdtemp(prefix="faults-")).absolute()
-    work.mkdir(parents=True, exist_ok=True)
+    work = fault_lab.open_workplace(options.keep, "faults-")
     print(f"seed {options.seed}, {options.trials} random kills, in {work}", flush=True)
-    fault_lab.write_inputs(work)
     campaign = Campaign(Lab(work), options.seed)
     campaign.limit = options.points
     settings = [Setting(model, ranks) for model in options.models for ranks in options.ranks]

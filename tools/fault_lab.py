@@ -14,6 +14,7 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections import Counter
@@ -190,6 +191,15 @@ def import_once() -> None:
     import engine.training.setup  # noqa: F401
 
     torch.set_num_threads(1)
+
+
+def open_workplace(keep: str | None, prefix: str) -> Path:
+    """The folder of all trials with their inputs, a temporary one unless `keep` names it; everything is imported."""
+    import_once()
+    work = Path(keep or tempfile.mkdtemp(prefix=prefix)).absolute()
+    work.mkdir(parents=True, exist_ok=True)
+    write_inputs(work)
+    return work
 
 
 # In the forked process

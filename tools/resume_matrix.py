@@ -15,9 +15,7 @@ import argparse
 import os
 import shutil
 import sys
-import tempfile
 import time
-from pathlib import Path
 
 import fault_lab
 from fault_lab import UPDATES, Lab, Plan, Setting
@@ -62,11 +60,8 @@ def main() -> int:
     parser.add_argument("--precisions", nargs="+", default=["fp32", "fp16"])
     parser.add_argument("--keep", metavar="FOLDER", help="work there and keep the runs with findings")
     options = parser.parse_args()
-    fault_lab.import_once()
     began = time.monotonic()
-    work = Path(options.keep or tempfile.mkdtemp(prefix="matrix-")).absolute()
-    work.mkdir(parents=True, exist_ok=True)
-    fault_lab.write_inputs(work)
+    work = fault_lab.open_workplace(options.keep, "matrix-")
     lab = Lab(work, EVERY_UPDATE)
     findings = []
     for model in options.models:

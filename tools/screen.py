@@ -50,31 +50,24 @@ def screen_one(recipe: Recipe, folder: Path, name: str) -> dict[str, Any]:
     """
     from engine.data.rows import read_examples
     from engine.models import build, memory, weights
+    from engine.prediction.summarizer import Summarizer
     from engine.runtime.process import start
-    from engine.training import setup
-    from engine.training.evaluation import evaluate
+    from engine.training.evaluation import Split, evaluate
     from engine.training.tracking import write_predictions
 
-    settings = recipe.data
+    data = recipe.data
     with start(recipe) as runtime:
-        limit = settings.max_validation_samples
-        rows = read_examples(settings.validation_file, settings, require_summary=True, limit=limit)
+        rows = read_examples(data.validation_file, data, require_summary=True, limit=data.max_validation_samples)
         bundle = build.build_model(recipe, device=runtime.device, precision=runtime.precision)
         if weights.is_adapted(bundle.model):
             bundle.model = bundle.model.unload()  # adapters start without effect and only cost time here
-        encoder = bundle.text_encoder()
-        split = setup.split_of("dev", rows, encoder).subset(recipe.evaluation.max_samples)
-        evaluation = evaluate(
-            bundle.model.eval(),
-            split,
-            runtime,
-            collate=bundle.collate,
-            batch_size=recipe.evaluation.per_device_eval_batch_size,
-            summarizer=setup.summarizer_of(recipe, bundle, encoder),
-            rouge_tokenizer=recipe.evaluation.rouge_tokenizer,
-        )
-        write_predictions(folder / f"{name}.predictions.csv", evaluation.rows)
-        return evaluation.metrics | {
+        encoder, settings = bundle.text_encoder(), recipe.evaluation
+        split = Split.of("dev", rows, encoder).subset(settings.max_samples)
+        batch_size = settings.per_device_eval_batch_size
+        summarizer = Summarizer(bundle, encoder, recipe.generation, batch_size=batch_size)
+        scores = evaluate(bundle, split, runtime, settings, summarizer)
+        write_predictions(folder / f"{name}.predictions.csv", scores.rows)
+        return scores.metrics | {
             "rows": len(split.examples),
             "parameters": bundle.report["parameters"],
             "precision": runtime.precision,

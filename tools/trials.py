@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from engine.data.rows import read_examples
 from engine.errors import EngineError
 from engine.generation.modelstate import unwrap
-from engine.prediction.predictor import Predictor, model_folder
-from engine.prediction.summarizer import Summarizer
-from engine.recipe.load import load_recipe, with_overrides
-from engine.recipe.schema import Recipe
+from engine.prediction.predictor import Predictor, model_folder, recipe_of
+from engine.prediction.summarizer import Summarizer, Summary
+from engine.recipe.load import with_overrides
 from engine.scoring import intervals, rouge
 
 if TYPE_CHECKING:
     from engine.data.encode import Feature
     from engine.data.rows import Example
     from engine.models.build import ModelBundle
-    from engine.recipe.schema import Generation
+    from engine.recipe.schema import Generation, Recipe
 
 METRICS = (*rouge.METRICS, "rouge_sum", "rouge_mean")
 NOTHING_DONE = "nothing was decoded"
@@ -38,6 +38,11 @@ class Decoding:
     ended: list[bool]
     tokens: int
     seconds: float
+
+    @classmethod
+    def of(cls, rows: Sequence[Summary], seconds: float) -> Decoding:
+        texts, ended = [row.text for row in rows], [row.ended for row in rows]
+        return cls(texts, ended, sum(row.tokens for row in rows), seconds)
 
 
 @dataclass(frozen=True)
@@ -61,9 +66,8 @@ class Subject:
         return [example.references for example in self.examples]
 
     @property
-    def dialogues(self) -> dict[int, str]:
-        """Texts by the prompts' indices."""
-        return {prompt.index: row.dialogue for prompt, row in zip(self.prompts, self.examples, strict=True)}
+    def dialogues(self) -> list[str]:
+        return [example.dialogue for example in self.examples]
 
     @property
     def labelled(self) -> bool:
@@ -75,26 +79,16 @@ class Subject:
 
     def summarizer(self, generation: Generation) -> Summarizer:
         """Raises EngineError E2 for settings that do not go together."""
-        return Summarizer(
-            self.bundle,
-            self.predictor.encoder,
-            generation,
-            batch_size=self.recipe.evaluation.per_device_eval_batch_size,
-        )
+        batch_size = self.recipe.evaluation.per_device_eval_batch_size
+        return Summarizer(self.bundle, self.predictor.encoder, generation, batch_size=batch_size)
 
     def decode(self, summarizer: Summarizer, on_rows: Callable[[int], None] | None = None) -> Decoding:
         """Decode every row; `on_rows` hears how many more are done."""
         started = time.perf_counter()
         heard = (lambda batch: on_rows(len(batch))) if on_rows else None
-        done = summarizer.summarize(self.bundle.model, self.prompts, dialogues=self.dialogues, on_batch=heard)
+        done = summarizer.summarize(self.bundle.model, self.prompts, self.dialogues, on_batch=heard)
         by_index = {summary.index: summary for summary in done}
-        rows = [by_index[feature.index] for feature in self.prompts]
-        return Decoding(
-            texts=[row.text for row in rows],
-            ended=[row.ended for row in rows],
-            tokens=sum(row.tokens for row in rows),
-            seconds=time.perf_counter() - started,
-        )
+        return Decoding.of([by_index[feature.index] for feature in self.prompts], time.perf_counter() - started)
 
     def score(self, texts: Sequence[str], tokenizer: str | None = None) -> list[dict[str, float]]:
         """ROUGE of each row. Raises EngineError E3 where the references cannot be scored."""
@@ -157,34 +151,16 @@ def open_subject(
     """
     folder = model_folder(Path(path))
     home = folder.parent if (folder.parent / "recipe.yaml").is_file() else folder
-    recipe = _recipe_of(folder, home)
+    recipe = recipe_of(folder)
     source = input_file or recipe.data.validation_file
     if source is None:
         what = "no rows to decode: the model's recipe names no validation file"
         raise EngineError("E2.60", what, str(path), "give --input", safe=NOTHING_DONE)
-    examples = _read(source, recipe, labelled, limit)
+    examples = read_examples(source, recipe.data, require_summary=labelled, limit=limit)
     if recipe.runtime.num_threads is not None:
         torch.set_num_threads(recipe.runtime.num_threads)
     predictor = Predictor.from_run(folder, device=device)
-    prompts = [predictor.encoder.prompt_feature(example, index) for index, example in enumerate(examples)]
-    return Subject(home, folder, recipe, predictor, examples, prompts, Path(source).name)
-
-
-def _recipe_of(folder: Path, home: Path) -> Recipe:
-    for place in (home, folder):
-        if (place / "recipe.yaml").is_file():
-            return load_recipe(place / "recipe.yaml")
-    return Recipe()
-
-
-def _read(source: str, recipe: Recipe, labelled: bool, limit: int | None) -> list[Example]:
-    from engine.data.rows import read_examples
-
-    data = recipe.data
-    examples = read_examples(source, data, require_summary=labelled, limit=limit)
-    if not examples:
-        raise EngineError("E3.41", "no rows", str(source), "give a file with rows", safe=NOTHING_DONE)
-    return examples
+    return Subject(home, folder, recipe, predictor, examples, predictor.features(examples), Path(source).name)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""`generate` for one batch, `generate_all` for many prompts of any lengths.
+"""`generate` for one batch of tensors, `generate_all` for prompts of any lengths, `generate_batch` for a planned batch.
 
 Shapes: B examples, S prompt or source tokens, K beams, R returned sequences per example, T most new tokens,
 L new tokens of the longest result, V vocabulary.
@@ -66,7 +66,7 @@ def generate(
             stays untouched: the same global state gives the same samples again (and `generate`'s own).
     Raises: ValueError: from transformers, for settings that do not fit this batch (prompt longer than max_length).
     """
-    with _prepared(model, settings.max_new_tokens or settings.max_length) as base:
+    with prepared(model, settings.max_new_tokens or settings.max_length) as base:
         search = _search(settings, input_ids.device, vocabulary_mask, generator)
         return run_search(base, input_ids, attention_mask, settings, search)
 
@@ -102,24 +102,48 @@ def generate_all(
     if empty := [i for i, prompt in enumerate(prompts) if not len(prompt)]:
         raise ValueError(f"prompt {empty[0]} is empty")
     results: list[list[Hypothesis]] = [[] for _ in prompts]
-    with _prepared(model, (settings.max_new_tokens or settings.max_length) * len(prompts)) as base:
-        device = base.device
+    with prepared(model, (settings.max_new_tokens or settings.max_length) * len(prompts)) as base:
         if settings.do_sample and generator is None:
-            generator = _copy_of_global(device)
-        encoder_decoder = base.config.is_encoder_decoder
-        for batch in plan_batches(
-            [len(p) for p in prompts], settings, tokens_per_batch, max_batch_size, sort_by_length, encoder_decoder
-        ):
-            ids, mask = pad([prompts[i] for i in batch], pad_token_id, left=not encoder_decoder, device=device)
-            search = _search(settings, device, mask_of(vocabulary_mask, batch), generator)
-            hypotheses = as_hypotheses(
-                run_search(base, ids, mask, settings, search, tokenizer), settings.num_return_sequences
+            generator = _copy_of_global(base.device)
+        lengths, encoder_decoder = [len(prompt) for prompt in prompts], base.config.is_encoder_decoder
+        for batch in plan_batches(lengths, settings, tokens_per_batch, max_batch_size, sort_by_length, encoder_decoder):
+            hypotheses = generate_batch(
+                base,
+                [prompts[i] for i in batch],
+                settings,
+                pad_token_id=pad_token_id,
+                vocabulary_mask=mask_of(vocabulary_mask, batch),
+                generator=generator,
+                tokenizer=tokenizer,
             )
             for i, found in zip(batch, hypotheses, strict=True):
                 results[i] = found
             if on_batch is not None:
                 on_batch(batch, hypotheses)
     return results
+
+
+def generate_batch(
+    base: torch.nn.Module,
+    prompts: Sequence[Sequence[int]],
+    settings: GenerationSettings,
+    *,
+    pad_token_id: int,
+    vocabulary_mask: torch.Tensor | None = None,
+    generator: torch.Generator | None = None,
+    tokenizer: Any = None,
+) -> list[list[Hypothesis]]:
+    """Decode these prompts together, however long they are: one of the batches that a caller has planned.
+
+    Args:
+        base: what `prepared` yields.
+        vocabulary_mask: `[V]`, or `[len(prompts), V]`.
+    Returns: per prompt, its R results, best first.
+    """
+    ids, mask = pad(prompts, pad_token_id, left=not base.config.is_encoder_decoder, device=base.device)
+    search = _search(settings, base.device, vocabulary_mask, generator)
+    generated = run_search(base, ids, mask, settings, search, tokenizer)
+    return as_hypotheses(generated, settings.num_return_sequences)
 
 
 def plan_batches(
@@ -172,8 +196,8 @@ def pad(
 
 
 @contextmanager
-def _prepared(model: torch.nn.Module, steps: int) -> Iterator[torch.nn.Module]:
-    """The model to call `generate` on, ready for decoding; everything is put back on the way out. steps: at most."""
+def prepared(model: torch.nn.Module, steps: int) -> Iterator[torch.nn.Module]:
+    """The model inside its wrappers, ready to decode batches; everything is put back on the way out. steps: at most."""
     base = modelstate.unwrap(model)
     modelstate.keep_freed_memory()
     with ExitStack() as stack:
@@ -207,7 +231,7 @@ def run_search(
     search: Search,
     tokenizer: Any = None,
 ) -> Generated:
-    """Decode one batch with a given search, on a model that is prepared already (see `_prepared`)."""
+    """Decode one batch with a given search, on a model that is prepared already (see `prepared`)."""
     prompt_length = 1 if base.config.is_encoder_decoder else input_ids.shape[1]
     arguments = settings.generate_arguments(prompt_length)
     if strings := arguments.pop("stop_strings", None):

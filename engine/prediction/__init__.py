@@ -1,1 +1,5 @@
-"""From a trained model to text: decoding, repairs of wording, the Python API, prediction and submission files."""
+"""From a trained model and dialogues to summaries, in evaluation, in engine/predict.py and in the Python API.
+
+Rooms: `summarizer` (prompts to texts, in batches, over ranks), `postprocess` (repairs of texts), `predictor` (the Python
+API), `files` (input, output, scores), `submission` (a competition's format), `partial` (what an interrupted prediction keeps).
+"""

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from engine.data.rows import Example, read_examples
 from engine.errors import EngineError
-from engine.prediction.postprocess import PostprocessReport
-from engine.prediction.submission import Table, submission_table, without_empty, write_submission
+from engine.prediction.postprocess import repairs_text
+from engine.prediction.submission import submission_table, without_empty, write_submission
 from engine.runtime.atomic import storage_error, write_text_atomically
 from engine.scoring import endings, rouge
 
@@ -39,8 +39,29 @@ def read_input(path: str, recipe: Recipe) -> list[Example]:
         lines = [line.rstrip("\n").replace("\\n", "\n") for line in sys.stdin if line.strip()]
         if not lines:
             raise EngineError("E3.32", "standard input holds no dialogue", "-", "write one dialogue per line")
-        return [Example(id=str(i), dialogue=text, references=(), topic=None, row=i + 1) for i, text in enumerate(lines)]
+        return examples_of(lines, file="standard input")
     return read_examples(path, recipe.data, require_summary=False)
+
+
+def examples_of(dialogues: Sequence[str], topics: Sequence[str] | None = None, *, file: str = "") -> list[Example]:
+    """Rows of dialogues that came without a table. Raises: EngineError E3.31 naming the first that is no text."""
+    for row, dialogue in enumerate(dialogues, start=1):
+        if not isinstance(dialogue, str) or not dialogue.strip() or not _is_unicode(dialogue):
+            what = f"dialogue {row} is empty or no text"
+            raise EngineError("E3.31", what, f"{file} row {row}".strip(), "leave it out or fill it")
+    return [
+        Example(id=str(i), dialogue=text, references=(), topic=topic, row=i + 1, file=file)
+        for i, (text, topic) in enumerate(zip(dialogues, topics or [None] * len(dialogues), strict=True))
+    ]
+
+
+def _is_unicode(text: str) -> bool:
+    """No half characters (lone surrogates), which no tokenizer takes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def check_target(examples: Sequence[Example], options: argparse.Namespace) -> None:
@@ -53,13 +74,8 @@ def check_target(examples: Sequence[Example], options: argparse.Namespace) -> No
     output = Path(options.output)
     no_file = options.output == "-" or (output.exists() and not output.is_file())  # devices would be replaced
     if no_file or output.suffix.lower() in _OTHER_FORMATS:
-        raise EngineError(
-            "E2.37",
-            f"predictions are written as CSV, or as JSON lines to a name in .jsonl, not to {options.output}",
-            "--output",
-            "choose another --output",
-            safe="nothing was decoded",
-        )
+        what = f"predictions are written as CSV, or as JSON lines to a name in .jsonl, not to {options.output}"
+        raise EngineError("E2.37", what, "--output", "choose another --output", safe="nothing was decoded")
     if options.input != "-" and output.exists() and output.samefile(options.input):
         what = "the output would replace the input"
         raise EngineError("E2.38", what, str(output), "choose another --output", safe="nothing was decoded")
@@ -77,58 +93,43 @@ def check_target(examples: Sequence[Example], options: argparse.Namespace) -> No
 def write(
     examples: Sequence[Example], summaries: Sequence[Summary], options: argparse.Namespace, recipe: Recipe
 ) -> None:
-    """Write the output file and tell scores and how the texts ended. Raises: EngineError E6 where it cannot be written."""
-    texts = without_empty(
-        [row.id for row in examples], [row.dialogue for row in examples], [summary.text for summary in summaries]
-    )
-    output = Path(options.output)
+    """Write the output file; print scores and how the texts ended. Raises: EngineError E6 where it cannot be written."""
+    ids, output = [example.id for example in examples], Path(options.output)
+    texts = without_empty(ids, [example.dialogue for example in examples], [summary.text for summary in summaries])
     try:
-        _write_file(examples, summaries, texts, output, options.sample_submission)
+        _write_file(ids, summaries, texts, output, options.sample_submission)
     except OSError as error:
         kept = "decoded rows are kept beside it"
         raise storage_error(error, output, "writing the output", kept, _ELSEWHERE) from error
     log.info("%d summaries in %s", len(texts), output)
-    _tell(examples, summaries, texts, recipe)
+    _print_scores(examples, summaries, texts, recipe)
 
 
 def _write_file(
-    examples: Sequence[Example], summaries: Sequence[Summary], texts: list[str], output: Path, sample: str | None
+    ids: list[str], summaries: Sequence[Summary], texts: list[str], output: Path, sample: str | None
 ) -> None:
-    ids = [example.id for example in examples]
     if sample is not None:
         write_submission(submission_table(ids, texts, sample), output)
     elif output.suffix.lower() == ".jsonl":
-        rows = _n_best(examples, summaries, texts)
+        rows = _n_best(ids, summaries, texts)
         write_text_atomically(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     elif len(summaries[0].texts) > 1:
-        write_submission(_n_best_table(examples, summaries, texts), output)
+        rows = _n_best(ids, summaries, texts)
+        write_submission([list(rows[0]), *(list(row.values()) for row in rows)], output)
     else:
         write_submission(submission_table(ids, texts), output)
 
 
-def _n_best(examples: Sequence[Example], summaries: Sequence[Summary], texts: Sequence[str]) -> list[dict[str, Any]]:
+def _n_best(ids: Sequence[str], summaries: Sequence[Summary], texts: Sequence[str]) -> list[dict[str, Any]]:
+    """Every hypothesis of every row, best first; the best one as it is submitted, never empty."""
     return [
-        {
-            "fname": example.id,
-            "rank": rank,
-            "summary": texts[row] if rank == 1 else text,
-            "score": score,
-        }
-        for row, (example, summary) in enumerate(zip(examples, summaries, strict=True))
+        {"fname": name, "rank": rank, "summary": best if rank == 1 else text, "score": score}
+        for name, best, summary in zip(ids, texts, summaries, strict=True)
         for rank, (text, score) in enumerate(zip(summary.texts, summary.scores, strict=True), start=1)
     ]
 
 
-def _n_best_table(examples: Sequence[Example], summaries: Sequence[Summary], texts: Sequence[str]) -> Table:
-    rows = _n_best(examples, summaries, texts)
-    cells = [
-        [str(row["fname"]), str(row["rank"]), row["summary"], "" if row["score"] is None else repr(row["score"])]
-        for row in rows
-    ]
-    return [["fname", "rank", "summary", "score"], *cells]
-
-
-def _tell(examples: Sequence[Example], summaries: Sequence[Summary], texts: list[str], recipe: Recipe) -> None:
+def _print_scores(examples: Sequence[Example], summaries: Sequence[Summary], texts: list[str], recipe: Recipe) -> None:
     references = [example.references for example in examples]
     scored = all(references)
     if scored:
@@ -137,8 +138,5 @@ def _tell(examples: Sequence[Example], summaries: Sequence[Summary], texts: list
         print(f"{values}  ({scores['rouge_tokenizer_version']})")
     report = endings.ending_report(texts, references if scored else None, [not summary.ended for summary in summaries])
     print(endings.ending_text(report))
-    fixes = PostprocessReport()
-    for summary in summaries:
-        fixes.add(summary.fired)
-    if fixes.fired:
-        print(fixes)
+    if repairs := repairs_text([summary.fired for summary in summaries]):
+        print(repairs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import logging
 import os
@@ -32,20 +33,24 @@ class PartialResults:
         self._clean = False
 
     def files(self) -> list[Path]:
-        return sorted(self.output.parent.glob(f"{_escaped(self.output.name)}.partial-rank*.jsonl"))
+        return sorted(self.output.parent.glob(f"{glob.escape(self.output.name)}.partial-rank*.jsonl"))
 
     def read_all(self) -> list[dict[str, Any]]:
         """Records of every rank's file, of this prediction only; each row once."""
         records: dict[int, dict[str, Any]] = {}
         for path in self.files():
             for line in path.read_bytes().split(b"\n")[:-1]:  # what follows the last newline was cut short
-                try:
-                    batch = json.loads(line)
-                    if batch["fingerprint"] == self.fingerprint:
-                        records |= {record["index"]: record for record in batch["rows"]}
-                except (ValueError, KeyError, TypeError):
-                    log.warning("%s: a damaged line is left out; its rows are decoded again", path)
+                records |= self._batch(line, path)
         return list(records.values())
+
+    def _batch(self, line: bytes, path: Path) -> dict[int, dict[str, Any]]:
+        try:
+            batch = json.loads(line)
+            same = batch["fingerprint"] == self.fingerprint
+            return {record["index"]: record for record in batch["rows"]} if same else {}
+        except (ValueError, KeyError, TypeError):
+            log.warning("%s: a damaged line is left out; its rows are decoded again", path)
+            return {}
 
     def append(self, summaries: Sequence[Summary]) -> None:
         """Add one decoded batch and force it to the disk."""
@@ -71,7 +76,3 @@ class PartialResults:
         """The output is written: nothing needs to be kept."""
         for path in self.files():
             path.unlink(missing_ok=True)
-
-
-def _escaped(name: str) -> str:
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)

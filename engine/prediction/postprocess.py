@@ -6,10 +6,10 @@ changed a text. Pure: strings in, strings out.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
 RULES = ("fix_placeholders", "fix_cut_word", "fix_full_stop", "fix_particles")
 
@@ -109,22 +109,8 @@ def close_particles(text: str) -> str:
     return _PARTICLE.sub(r"\1\2", text)
 
 
-@dataclass
-class PostprocessReport:
-    """How often each rule fired over many texts."""
-
-    texts: int = 0
-    fired: Counter[str] = field(default_factory=Counter)
-
-    def add(self, fired: Iterable[str]) -> None:
-        """Count one text and the rules that changed it."""
-        self.texts += 1
-        self.fired.update(fired)
-
-    def to_dict(self) -> dict[str, int]:
-        """Plain numbers: `texts`, and each rule that fired at least once."""
-        return {"texts": self.texts, **{name: self.fired[name] for name in RULES if self.fired[name]}}
-
-    def __str__(self) -> str:
-        counts = ", ".join(f"{name} {self.fired[name]}" for name in RULES if self.fired[name])
-        return f"post-processing of {self.texts} texts: {counts or 'no rule fired'}"
+def repairs_text(fired: Sequence[Sequence[str]]) -> str:
+    """How often each rule changed a text, given the rules that fired for each; empty where none did."""
+    counts = Counter(itertools.chain.from_iterable(fired))
+    told = ", ".join(f"{rule} {counts[rule]}" for rule in RULES if counts[rule])
+    return f"post-processing of {len(fired)} texts: {told}" if told else ""

@@ -11,16 +11,25 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from tqdm import tqdm
+
+from engine.data.prompts import PromptSettings
 from engine.errors import EngineError
+from engine.models import build
+from engine.prediction.files import examples_of
+from engine.prediction.submission import submission_table, without_empty, write_submission
+from engine.prediction.summarizer import Summarizer, Summary
+from engine.recipe.load import COMMAND_LINE, load_recipe, with_overrides
+from engine.recipe.schema import Generation, Recipe
+from engine.runtime.atomic import read_json
 
 if TYPE_CHECKING:
     import pandas as pd
-    import torch
 
     from engine.data.encode import Feature
+    from engine.data.rows import Example
     from engine.models.build import ModelBundle
-    from engine.prediction.summarizer import Summarizer, Summary
-    from engine.recipe.schema import Generation, Recipe
 
 log = logging.getLogger("engine.predict")
 
@@ -57,10 +66,6 @@ class Predictor:
         Raises:
             EngineError: E4 where no usable model is found.
         """
-        import torch
-
-        from engine.models import build
-
         folder = model_folder(Path(path))
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -73,8 +78,6 @@ class Predictor:
         Raises:
             EngineError: E2 for another prompt than the one the model was trained with.
         """
-        from engine.data.prompts import PromptSettings
-        from engine.recipe.load import COMMAND_LINE
 
         def asked(section: str) -> list[str]:
             names = type(getattr(recipe, section)).model_fields
@@ -83,13 +86,8 @@ class Predictor:
         bundle, self.generation = self.bundle, recipe.generation
         bundle.set_lengths(**{name: getattr(recipe.data, name) for name in asked("data") if name in bundle.lengths})
         if (changed := asked("prompt")) and bundle.prompt_is_known:
-            raise EngineError(
-                "E2.28",
-                "the model must be prompted the way it was trained",
-                f"prompt.{changed[0]}",
-                f"leave prompt.{changed[0]} out",
-                safe="nothing was decoded",
-            )
+            what, key = "the model must be prompted the way it was trained", f"prompt.{changed[0]}"
+            raise EngineError("E2.28", what, key, f"leave {key} out", safe="nothing was decoded")
         if changed:
             bundle.prompt = PromptSettings(**recipe.prompt.model_dump())
         elif not bundle.prompt_is_known:
@@ -120,10 +118,7 @@ class Predictor:
         Raises:
             EngineError: E3 where the column is missing or a dialogue is empty.
         """
-        if text_column not in df.columns:
-            raise EngineError(
-                "E3.30", f"no column {text_column!r}; there are {', '.join(map(str, df.columns))}", "data frame"
-            )
+        _require_column(df, text_column)
         topics = df[self.topic_column].tolist() if self.topic_column in df.columns else None
         summaries = self.summarize(df[text_column].tolist(), batch_size, show_progress, topics=topics, **gen)
         return df.assign(**{summary_column: [summary.text for summary in summaries]})
@@ -142,12 +137,7 @@ class Predictor:
         Raises:
             EngineError: E3, before anything is decoded, where ids, order or columns do not fit the sample.
         """
-        from engine.prediction.submission import submission_table, without_empty, write_submission
-
-        if "fname" not in test_df.columns:
-            raise EngineError(
-                "E3.30", f"no column 'fname'; there are {', '.join(map(str, test_df.columns))}", "data frame"
-            )
+        _require_column(test_df, "fname")
         ids = [str(name) for name in test_df["fname"]]
         submission_table(ids, ["?"] * len(ids), sample_submission)
         predicted = self.predict_dataframe(test_df, batch_size=batch_size, show_progress=show_progress, **gen)
@@ -168,58 +158,35 @@ class Predictor:
         Raises:
             EngineError: E2 for settings that cannot be, E3 naming the first dialogue that is no text.
         """
-        from tqdm import tqdm
-
         if isinstance(dialogues, str):
             what = "the dialogues are one text, which would be read letter by letter"
             raise EngineError("E3.31", what, "dialogues", "give a list, or use predict_single")
         if batch_size < 1:
             raise EngineError("E2.39", f"batch_size is {batch_size}", "batch_size", "give 1 or more")
-        dialogues = list(dialogues)
-        features = self.features(dialogues, topics)
+        examples = examples_of(list(dialogues), topics)
+        features = self.features(examples)
         summarizer = self.summarizer(batch_size, **gen)
         with tqdm(total=len(features), disable=not show_progress, ncols=100, desc="summarise", unit="row") as bar:
             done = summarizer.summarize(
                 self.bundle.model,
                 features,
-                dialogues=dict(enumerate(dialogues)),
+                [example.dialogue for example in examples],
                 on_batch=lambda summaries: bar.update(len(summaries)),
             )
         return sorted(done, key=lambda summary: summary.index)
 
-    def features(self, dialogues: Sequence[str], topics: Sequence[str] | None = None) -> list[Feature]:
-        """Tokenised prompts. Raises: EngineError E3 naming the first dialogue that is no text."""
-        from engine.data.rows import Example
-
-        for number, dialogue in enumerate(dialogues, start=1):
-            if not isinstance(dialogue, str) or not dialogue.strip() or not _is_unicode(dialogue):
-                raise EngineError(
-                    "E3.31", f"dialogue {number} is empty or no text", f"row {number}", "leave it out or fill it"
-                )
-        examples = [
-            Example(id=str(i), dialogue=text, references=(), topic=topic, row=i + 1)
-            for i, (text, topic) in enumerate(zip(dialogues, topics or [None] * len(dialogues), strict=True))
-        ]
+    def features(self, examples: Sequence[Example]) -> list[Feature]:
+        """Tokenised prompts. Raises: EngineError E2 or E3 naming the row that cannot be prompted."""
         return [self.encoder.prompt_feature(example, index) for index, example in enumerate(examples)]
 
     def summarizer(self, batch_size: int, **gen: Any) -> Summarizer:
-        from engine.prediction.summarizer import Summarizer
-
-        return Summarizer(
-            self.bundle,
-            self.encoder,
-            overridden(self.generation, gen),
-            batch_size=batch_size,
-        )
+        """Raises: EngineError E2 for settings that cannot be."""
+        return Summarizer(self.bundle, self.encoder, overridden(self.generation, gen), batch_size=batch_size)
 
 
-def _is_unicode(text: str) -> bool:
-    """No half characters (lone surrogates), which no tokenizer takes."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
+def _require_column(df: pd.DataFrame, name: str) -> None:
+    if name not in df.columns:
+        raise EngineError("E3.30", f"no column {name!r}; there are {', '.join(map(str, df.columns))}", "data frame")
 
 
 def model_folder(path: Path) -> Path:
@@ -234,8 +201,6 @@ def model_folder(path: Path) -> Path:
         return path
     for pointer in ("best.json", "last.json"):
         if (path / pointer).is_file():
-            from engine.runtime.atomic import read_json
-
             return path / f"checkpoint-{read_json(path / pointer)['step']}"
     raise EngineError(
         "E4.20", "no model here", str(path), "give a run folder or a model folder", safe="nothing was written"
@@ -244,9 +209,6 @@ def model_folder(path: Path) -> Path:
 
 def recipe_of(folder: Path) -> Recipe:
     """The recipe that the model was trained with; the defaults for a foreign folder."""
-    from engine.recipe.load import load_recipe
-    from engine.recipe.schema import Recipe
-
     for place in (folder, folder.parent):
         if (place / "recipe.yaml").is_file():
             return load_recipe(place / "recipe.yaml")
@@ -255,9 +217,6 @@ def recipe_of(folder: Path) -> Recipe:
 
 def overridden(generation: Generation, gen: dict[str, Any]) -> Generation:
     """The section with some settings replaced. Raises: EngineError E2 for an unknown name or a bad value."""
-    from engine.recipe.load import with_overrides
-    from engine.recipe.schema import Recipe
-
     if not gen:
         return generation
     changes = {f"generation.{key}": value for key, value in gen.items()}

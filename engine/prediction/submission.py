@@ -7,13 +7,14 @@ import io
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from engine.errors import EngineError
 from engine.runtime.atomic import write_text_atomically
 from engine.scoring import baselines
 
 log = logging.getLogger("engine.predict")
-Table = list[list[str]]  # the header, then one row per dialogue
+Table = list[list[Any]]  # the header, then one row per dialogue
 
 
 def submission_table(ids: Sequence[str], summaries: Sequence[str], sample: str | Path | None = None) -> Table:
@@ -42,7 +43,7 @@ def submission_table(ids: Sequence[str], summaries: Sequence[str], sample: str |
 
 
 def without_empty(ids: Sequence[str], dialogues: Sequence[str], texts: Sequence[str]) -> list[str]:
-    """Texts with no empty cell: where the model wrote nothing, the dialogue's first two turns stand in, and are told."""
+    """Texts with no empty cell: where the model wrote nothing, the dialogue's first two turns stand in, with a warning."""
     empty = [name for name, text in zip(ids, texts, strict=True) if not text.strip()]
     if empty:
         log.warning(

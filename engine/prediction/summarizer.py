@@ -6,29 +6,27 @@ rounding, on one rank and on many.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+import itertools
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from engine.errors import EngineError
-from engine.generation import constraints
-from engine.generation.api import generate_all
-from engine.generation.linears import fast_linears
-from engine.generation.modelstate import unwrap
+from engine.generation import api, constraints
 from engine.generation.settings import GenerationSettings
 from engine.models import configuration
-from engine.prediction.postprocess import postprocess
+from engine.prediction.postprocess import RULES, postprocess
 
 if TYPE_CHECKING:
     from engine.data.encode import Feature, TextEncoder
     from engine.models.build import ModelBundle
     from engine.recipe.schema import Generation
+    from engine.runtime.process import Runtime
 
-_PLANNED = 1 << 62  # the batch is planned here already; generate_all has nothing to cut
-_OURS = {"tokens_per_batch", "fix_placeholders", "fix_cut_word", "fix_full_stop", "fix_particles"}
+_NOT_OF_GENERATE = {"tokens_per_batch", *RULES}  # keys of the recipe's section that `generate` does not know
 
 
 @dataclass(frozen=True)
@@ -53,34 +51,36 @@ class Summarizer:
     Args:
         bundle: model, tokenizer and family.
         encoder: decodes token ids to text; knows which tokens end a turn.
-        generation: the recipe's section, or an object with its fields. Where it leaves both max_new_tokens and max_length
-            open, summaries may become as long as the model's training targets.
+        generation: the recipe's section. Where it leaves both max_new_tokens and max_length open, summaries may become as
+            long as the model's training targets.
         batch_size: most dialogues decoded at once.
+
+    Raises: EngineError: E2.36 for settings that do not fit each other or the model.
     """
 
     def __init__(self, bundle: ModelBundle, encoder: TextEncoder, generation: Generation, *, batch_size: int) -> None:
         self.bundle, self.encoder, self.batch_size = bundle, encoder, batch_size
         self.tokens_per_batch = generation.tokens_per_batch
-        self.fixes = {name: getattr(generation, name) for name in sorted(_OURS) if name.startswith("fix_")}
-        values = {k: v for k, v in generation.model_dump(exclude=_OURS).items() if v is not None}
-        if values.get("repetition_scope") == "auto":
-            del values["repetition_scope"]
-        if "max_new_tokens" not in values and "max_length" not in values:
-            values["max_new_tokens"] = bundle.lengths["max_target_length"]
-        self._stay_within_positions(values)
-        if encoder.stop_token_ids and "eos_token_id" not in values:
-            values["eos_token_id"] = list(encoder.stop_token_ids)
-        self.settings = self._resolve(values)
+        self.fixes = {rule: getattr(generation, rule) for rule in sorted(RULES)}
+        self.settings = self._resolve(self._values(generation))
         self.mask = self._vocabulary_mask()
 
-    def _stay_within_positions(self, values: dict[str, Any]) -> None:
-        """Limits of generation cut to the places that the model has, which a causal LM shares with the prompt."""
-        causal = self.bundle.family == "causal"
-        _, most = configuration.most_tokens(self.bundle.model, self.bundle.family)
-        new = most - self.bundle.lengths["max_source_length"] if causal else most
-        for name, room in (("max_new_tokens", new), ("max_length", most)):
-            if values.get(name) is not None:
+    def _values(self, generation: Generation) -> dict[str, Any]:
+        """What the recipe says under `generate`'s names, completed by what model and encoder know."""
+        section = generation.model_dump(exclude=_NOT_OF_GENERATE)
+        values = {name: value for name, value in section.items() if value is not None}
+        if values["repetition_scope"] == "auto":
+            del values["repetition_scope"]
+        if "max_new_tokens" not in values and "max_length" not in values:
+            values["max_new_tokens"] = self.bundle.lengths["max_target_length"]
+        _, positions = configuration.most_tokens(self.bundle.model, self.bundle.family)
+        prompt = self.bundle.lengths["max_source_length"] if self.bundle.family == "causal" else 0
+        for name, room in (("max_new_tokens", positions - prompt), ("max_length", positions)):
+            if name in values:
                 values[name] = configuration.within(room, f"generation.{name}", values[name])
+        if self.encoder.stop_token_ids:
+            values.setdefault("eos_token_id", list(self.encoder.stop_token_ids))
+        return values
 
     def _resolve(self, values: dict[str, Any]) -> GenerationSettings:
         try:
@@ -115,31 +115,35 @@ class Summarizer:
 
     def describe(self) -> dict[str, Any]:
         """Everything that decides a decoded text beside model and prompt: what fingerprints and logs hold."""
-        return (
-            self.settings.describe()
-            | {"batch_size": self.batch_size, "tokens_per_batch": self.tokens_per_batch}
-            | self.fixes
-        )
+        batches = {"batch_size": self.batch_size, "tokens_per_batch": self.tokens_per_batch}
+        return self.settings.describe() | batches | self.fixes
 
     def plan(self, features: Sequence[Feature]) -> list[list[int]]:
         """Batches of positions in `features`, longest first, so that too large a batch fails at once and not at the end."""
-        order = sorted(range(len(features)), key=lambda i: (-len(features[i].input_ids), i))
-        beams = self.settings.num_beams * (self.settings.max_new_tokens or 0)
+        lengths = [len(feature.input_ids) for feature in features]
+        written = self.settings.num_beams * (
+            self.settings.max_new_tokens or 0
+        )  # tokens that a row's beams hold at most
         batches: list[list[int]] = []
-        for position in order:
-            cells = len(features[batches[-1][0] if batches else position].input_ids) + beams
-            room = self.batch_size if self.tokens_per_batch is None else max(1, self.tokens_per_batch // cells)
-            if not batches or len(batches[-1]) >= min(room, self.batch_size):
+        for position in sorted(range(len(features)), key=lambda i: (-lengths[i], i)):
+            room = self.batch_size
+            if self.tokens_per_batch is not None:
+                longest = lengths[batches[-1][0] if batches else position]
+                room = min(room, max(1, self.tokens_per_batch // (longest + written)))
+            if not batches or len(batches[-1]) >= room:
                 batches.append([])
             batches[-1].append(position)
-        return batches
+        if self.settings.max_new_tokens is not None or self.bundle.family == "seq2seq":
+            return batches
+        # max_length counts a causal model's prompt: padded to a longer neighbour's width, a row could write less.
+        return [list(same) for batch in batches for _, same in itertools.groupby(batch, key=lengths.__getitem__)]
 
     def summarize(
         self,
         model: nn.Module,
         features: Sequence[Feature],
+        dialogues: Sequence[str],
         *,
-        dialogues: Mapping[int, str] | None = None,
         skip: Collection[int] = (),
         rank: int = 0,
         world_size: int = 1,
@@ -148,53 +152,60 @@ class Summarizer:
         """Decode this rank's batches; no collective. `Summary.index` is the feature's own index.
 
         Args:
-            dialogues: texts by the features' indices; needed where `keep_source_words` is on.
+            dialogues: the features' texts, whose words `keep_source_words` lets through.
             skip: indices that are decoded already. Batches are planned with them and decoded without, so the rest of an
                 interrupted prediction meets the same neighbours.
         """
         done: list[Summary] = []
-        planned = [[features[position] for position in batch] for batch in self.plan(features)]
-        batches = [rows for batch in planned if (rows := [row for row in batch if row.index not in skip])]
-        mine = batches[rank::world_size]
+        left = [[i for i in batch if features[i].index not in skip] for batch in self.plan(features)]
+        mine = [batch for batch in left if batch][rank::world_size]
         steps = len(mine) * (self.settings.max_new_tokens or self.settings.max_length)
-        with fast_linears(unwrap(model), steps):  # prepared once, not for each batch
-            for rows in mine:
-                summaries = self._decode(model, rows, self.masks(rows, dialogues))
+        with api.prepared(model, steps) as base:  # once, not for each batch
+            for batch in mine:
+                mask = self.mask_for([dialogues[i] for i in batch])
+                summaries = self._decode(base, [features[i] for i in batch], mask)
                 done.extend(summaries)
                 if on_batch:
                     on_batch(summaries)
         return done
 
-    def masks(self, rows: Sequence[Feature], dialogues: Mapping[int, str] | None) -> torch.Tensor | None:
+    def mask_for(self, dialogues: Sequence[str]) -> torch.Tensor | None:
         """The script rules' mask (V,), or (B, V) where each row may use the foreign words of its own dialogue."""
         if self.mask is None or not self.settings.keep_source_words:
             return self.mask
-        if dialogues is None:
-            raise ValueError("keep_source_words needs the dialogues")
         blocked = constraints.blocked_scripts(self.settings.block_scripts, self.settings.allow_scripts)
-        texts = [dialogues[row.index] for row in rows]
-        return constraints.keep_source_words(self.mask, self.bundle.tokenizer, texts, blocked)
+        return constraints.keep_source_words(self.mask, self.bundle.tokenizer, dialogues, blocked)
 
-    def _decode(self, model: nn.Module, rows: Sequence[Feature], mask: torch.Tensor | None) -> list[Summary]:
-        hypotheses = generate_all(
-            model,
+    def _decode(self, base: nn.Module, rows: Sequence[Feature], mask: torch.Tensor | None) -> list[Summary]:
+        hypotheses = api.generate_batch(
+            base,
             [row.input_ids for row in rows],
             self.settings,
             pad_token_id=self.bundle.tokenizer.pad_token_id,
-            tokens_per_batch=_PLANNED,
             vocabulary_mask=mask,
             tokenizer=self.bundle.tokenizer,
         )
-        return [self._summary(row.index, n_best) for row, n_best in zip(rows, hypotheses, strict=True)]
+        return [self.summary_of(row.index, n_best) for row, n_best in zip(rows, hypotheses, strict=True)]
 
-    def _summary(self, index: int, n_best: Sequence[Any]) -> Summary:
+    def summary_of(self, index: int, n_best: Sequence[api.Hypothesis]) -> Summary:
+        """What one row's hypotheses say, best first, cleaned and repaired."""
         fixed = [postprocess(self.encoder.decode(h.token_ids), **self.fixes, capped=not h.ended) for h in n_best]
-        best = n_best[0]
         return Summary(
             index=index,
             texts=[text for text, _ in fixed],
             scores=[h.score for h in n_best],
-            tokens=len(best.token_ids),
-            ended=best.ended,
+            tokens=len(n_best[0].token_ids),
+            ended=n_best[0].ended,
             fired=list(fixed[0][1]),
         )
+
+
+def gather_summaries(mine: Sequence[Summary], expected: Sequence[int], runtime: Runtime) -> list[Summary]:
+    """All ranks' summaries in the order of the indices `expected`, each row exactly once."""
+    runtime.wait_for_all("decoding")  # ranks finish far apart; only then the collective, with nothing left to wait for
+    everyone = [Summary(**record) for record in runtime.gather([asdict(summary) for summary in mine])]
+    by_index = {summary.index: summary for summary in everyone}
+    if len(by_index) != len(everyone) or set(by_index) != set(expected):
+        what = f"decoded {len(everyone)} rows for {len(expected)}; each must come back once"
+        raise EngineError("E1.3", what, "decoding", "please report this")
+    return [by_index[index] for index in expected]

@@ -243,7 +243,7 @@ class Runtime(Section):
     deterministic: bool = Field(False, description="Deterministic kernels only; slower on GPUs.")
     timeout_seconds: Positive = Field(1800, description="How long a rank waits for another in a collective.")
     num_threads: Positive | None = Field(None, le=1024, description="CPU threads; null leaves torch's choice.")
-    emulate_fp16_on_cpu: bool = Field(False, description="Tests only: fp16 with a real GradScaler on the CPU.")
+    emulate_fp16_on_cpu: bool = Field(False, description="Tests only: fp16 with a real GradScaler on the CPU, so that overflows and skipped updates are tried without a GPU.")
 
 
 class Recipe(Section):

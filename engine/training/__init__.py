@@ -1,1 +1,6 @@
-"""What the loop in `engine/train.py` works with: setting up, losses, optimizers, evaluation, logs, and the end of a run."""
+"""Training around the loop in engine/train.py: from recipe and data to a trained model with results.
+
+Rooms: `setup` (a recipe becomes a job), `job` (the parts of a run, and what happens between two updates), `state` (windows,
+updates, counters), `losses`, `optim` (optimizer and schedule), `nonfinite` (NaN and overflow), `batch_size` (what fits in
+memory), `evaluation` (scores of a split), `tracking` (metrics.jsonl and the trackers), `finish` (final model and results).
+"""

@@ -37,12 +37,9 @@ def with_fitting_batch(
     micro = training.per_device_train_batch_size
     while not _fits(model, bundle, longest[:micro], runtime, training.label_smoothing):
         if micro == 1:
-            raise EngineError(
-                "E8.2",
-                f"a single row of {longest[0].length} tokens does not fit in memory",
-                "training.auto_batch_size",
-                "set training.gradient_checkpointing=true or lower data.max_source_length",
-            )
+            what = f"a single row of {longest[0].length} tokens does not fit in memory"
+            advice = "set training.gradient_checkpointing=true or lower data.max_source_length"
+            raise EngineError("E8.2", what, "training.auto_batch_size", advice)
         micro = largest_divisor(rows, below=micro // 2 + 1)
         log.warning("out of memory: trying micro-batches of %d rows", micro)
     found = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": rows // micro}

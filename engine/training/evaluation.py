@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from engine.errors import EngineError
-from engine.prediction.summarizer import Summarizer, Summary
+from engine.generation.modelstate import evaluation_mode
+from engine.prediction.summarizer import gather_summaries
 from engine.scoring import endings, rouge
 from engine.training.losses import summed_cross_entropy, supervised_tokens
 
 if TYPE_CHECKING:
-    from engine.data.encode import Feature
+    from engine.data.encode import Feature, TextEncoder
     from engine.data.rows import Example
+    from engine.models.build import ModelBundle
+    from engine.prediction.summarizer import Summarizer, Summary
+    from engine.recipe.schema import Evaluation
     from engine.runtime.process import Runtime
 
-HIGHER_IS_BETTER = {
-    "loss": False,
-    "rouge1": True,
-    "rouge2": True,
-    "rougeL": True,
-    "rouge_sum": True,
-    "rouge_mean": True,
-}
+
+LOWER_IS_BETTER = {"loss"}  # of all other metrics, more is better
 
 
 @dataclass(frozen=True)
@@ -39,10 +37,13 @@ class Split:
     prompts: list[Feature]
     targets: list[Feature] | None
 
-    @property
-    def dialogues(self) -> dict[int, str]:
-        """Texts by the prompts' indices."""
-        return {prompt.index: row.dialogue for prompt, row in zip(self.prompts, self.examples, strict=True)}
+    @classmethod
+    def of(cls, name: str, examples: list[Example], encoder: TextEncoder) -> Split:
+        """Prompts of all rows, and targets if every row has a reference."""
+        prompts = [encoder.prompt_feature(row, index) for index, row in enumerate(examples)]
+        scored = all(row.references for row in examples)
+        targets = [encoder.training_feature(row, index) for index, row in enumerate(examples)] if scored else None
+        return cls(name, examples, prompts, targets)
 
     def subset(self, count: int | None) -> Split:
         """A fixed, evenly spaced part of `count` rows; the whole split where count is None or no smaller."""
@@ -54,27 +55,22 @@ class Split:
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """Scores of one evaluation and, on the main rank, one row per example in the order of the file."""
+class Scores:
+    """Metrics of one evaluation and, on the main rank, one row per example in the order of the file."""
 
     metrics: dict[str, Any]
     rows: list[dict[str, Any]]
 
 
 def evaluate(
-    model: nn.Module,
-    split: Split,
-    runtime: Runtime,
-    *,
-    collate: Callable[[list[Feature]], dict[str, torch.Tensor]],
-    batch_size: int,
-    summarizer: Summarizer | None,
-    rouge_tokenizer: str,
-) -> Evaluation:
+    bundle: ModelBundle, split: Split, runtime: Runtime, settings: Evaluation, summarizer: Summarizer | None
+) -> Scores:
     """Score `split`, sharded over ranks; every row is decoded once.
 
+    Uses the bare model, without DistributedDataParallel: ranks decode different numbers of batches.
+
     Args:
-        model: bare model, without DistributedDataParallel: ranks decode different numbers of batches.
+        settings: the recipe's section, for the batch size and the tokenizer of ROUGE.
         summarizer: None measures the loss only.
 
     Returns:
@@ -83,79 +79,55 @@ def evaluate(
     started = time.perf_counter()
     metrics: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
-    with evaluation_mode(model, runtime), torch.no_grad(), runtime.autocast():
+    with same_random_state(runtime), evaluation_mode(bundle.model), torch.no_grad(), runtime.autocast():
         if split.targets is not None:
-            metrics["loss"] = evaluation_loss(model, split.targets, runtime, collate=collate, batch_size=batch_size)
+            metrics["loss"] = evaluation_loss(bundle, split.targets, runtime, settings.per_device_eval_batch_size)
         if summarizer is not None:
-            progress = runtime.progress(total=len(split.prompts), desc=f"decode {split.name}", unit="row")
-            with progress as bar:
-                mine = summarizer.summarize(
-                    model,
-                    split.prompts,
-                    dialogues=split.dialogues,
-                    rank=runtime.rank,
-                    world_size=runtime.world_size,
-                    on_batch=lambda summaries: bar.update(len(summaries) * runtime.world_size),
-                )
-            summaries = gather_summaries(mine, [feature.index for feature in split.prompts], runtime)
-            metrics |= runtime.broadcast(score(split, summaries, rouge_tokenizer) if runtime.is_main else None)
+            summaries = decode(bundle, split, runtime, summarizer)
+            scored = score(split, summaries, settings.rouge_tokenizer) if runtime.is_main else None
+            metrics |= runtime.broadcast(scored)
             rows = prediction_rows(split, summaries)
     metrics["seconds"] = time.perf_counter() - started
     metrics["samples_per_second"] = len(split.examples) / metrics["seconds"]
-    return Evaluation(metrics, rows)
+    return Scores(metrics, rows)
 
 
-class evaluation_mode:
-    """Context: eval mode and the key/value cache on; every module's mode and every random stream restored afterwards."""
-
-    def __init__(self, model: nn.Module, runtime: Runtime) -> None:
-        self.model, self.runtime = model, runtime
-
-    def __enter__(self) -> None:
-        self.modes = {module: module.training for module in self.model.modules()}
-        self.random_state = self.runtime.random_state()
-        self.model.eval()
-
-    def __exit__(self, *error: object) -> None:
-        for module, training in self.modes.items():
-            module.training = training
-        self.runtime.restore_random_state(self.random_state)
+@contextmanager
+def same_random_state(runtime: Runtime) -> Iterator[None]:
+    """Sampling in here moves no random stream of training: a run draws the same whether and when it is evaluated."""
+    state = runtime.random_state()
+    try:
+        yield
+    finally:
+        runtime.restore_random_state(state)
 
 
-def evaluation_loss(
-    model: nn.Module,
-    targets: Sequence[Feature],
-    runtime: Runtime,
-    *,
-    collate: Callable[[list[Feature]], dict[str, torch.Tensor]],
-    batch_size: int,
-) -> float:
+def evaluation_loss(bundle: ModelBundle, targets: Sequence[Feature], runtime: Runtime, batch_size: int) -> float:
     """Cross-entropy per supervised token over all ranks' rows, without label smoothing."""
     order = sorted(range(len(targets)), key=lambda i: (targets[i].length, i))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     totals = torch.zeros(2, dtype=torch.float64, device=runtime.device)  # [loss sum, tokens]
     for positions in batches[runtime.rank :: runtime.world_size]:
-        batch = runtime.to_device(collate([targets[position] for position in positions]))
-        totals[0] += summed_cross_entropy(model, batch).double()
+        batch = runtime.to_device(bundle.collate([targets[position] for position in positions]))
+        totals[0] += summed_cross_entropy(bundle.model, batch).double()
         totals[1] += supervised_tokens(batch)
     runtime.wait_for_all("evaluation loss")
     totals = runtime.sum_across_ranks(totals)
     return float(totals[0] / totals[1])
 
 
-def gather_summaries(mine: list[Summary], expected: Sequence[int], runtime: Runtime) -> list[Summary]:
-    """All ranks' summaries in the order of `expected`, each row exactly once."""
-    runtime.wait_for_all("decoding")  # ranks finish far apart; only then the collective, with nothing left to wait for
-    everyone = [Summary(**record) for record in runtime.gather([asdict(summary) for summary in mine])]
-    by_index = {summary.index: summary for summary in everyone}
-    if len(by_index) != len(everyone) or set(by_index) != set(expected):
-        raise EngineError(
-            "E1.3",
-            f"decoded {len(everyone)} rows for {len(expected)}; each must come back once",
-            "evaluation",
-            "please report this",
+def decode(bundle: ModelBundle, split: Split, runtime: Runtime, summarizer: Summarizer) -> list[Summary]:
+    """Summaries of all rows, decoded by all ranks."""
+    with runtime.progress(total=len(split.prompts), desc=f"decode {split.name}", unit="row") as bar:
+        mine = summarizer.summarize(
+            bundle.model,
+            split.prompts,
+            [example.dialogue for example in split.examples],
+            rank=runtime.rank,
+            world_size=runtime.world_size,
+            on_batch=lambda summaries: bar.update(len(summaries) * runtime.world_size),
         )
-    return [by_index[index] for index in expected]
+    return gather_summaries(mine, [prompt.index for prompt in split.prompts], runtime)
 
 
 def score(split: Split, summaries: Sequence[Summary], rouge_tokenizer: str) -> dict[str, Any]:

@@ -20,10 +20,10 @@ from engine.runtime.atomic import read_json, write_json_atomically, write_text_a
 from engine.runtime.lock import taking_turns
 from engine.runtime.run_status import STATUS
 from engine.training import evaluation
-from engine.training.setup import Splits, split_of
 from engine.training.tracking import read_rows, strict_json, write_predictions
 
 if TYPE_CHECKING:
+    from engine.data.rows import Example
     from engine.runtime.process import Runtime
     from engine.training.job import Job
 
@@ -31,16 +31,16 @@ log = logging.getLogger("engine.train")
 _NOT_MODEL = {"engine_state", "manifest.json"}
 
 
-def finish(job: Job, splits: Splits) -> dict[str, Any]:
-    """Everything after the last update. Returns the content of `results.json`."""
+def write_results(job: Job, test: list[Example]) -> dict[str, Any]:
+    """Everything after the last update; `test` may be empty. Returns the content of `results.json`."""
     job.progress.close()
     job.store.wait()
     best = job.state.best_step if job.state.best_step is not None else job.state.saved_step
     checkpoint = job.run_dir / f"checkpoint-{best}"
     with job.runtime.together("writing final_model"):
         if job.runtime.is_main:
-            publish(checkpoint, job.run_dir)
-    test_metrics = _predict_test(job, splits, checkpoint, best)
+            write_final_model(checkpoint, job.run_dir)
+    test_metrics = _predict_test(job, test, checkpoint, best)
     record = _record(job, best, test_metrics)
     with job.runtime.together("writing results"):
         if job.runtime.is_main:
@@ -52,7 +52,7 @@ def finish(job: Job, splits: Splits) -> dict[str, Any]:
     return record
 
 
-def publish(checkpoint: Path, run_dir: Path) -> None:
+def write_final_model(checkpoint: Path, run_dir: Path) -> None:
     """`final_model/`: the checkpoint's model files, the resolved recipe, and nothing that only a resume needs."""
     final, partial = run_dir / "final_model", run_dir / ".tmp-final_model"
     shutil.rmtree(partial, ignore_errors=True)
@@ -62,21 +62,13 @@ def publish(checkpoint: Path, run_dir: Path) -> None:
     os.replace(partial, final)
 
 
-def _predict_test(job: Job, splits: Splits, checkpoint: Path, step: int) -> dict[str, Any] | None:
+def _predict_test(job: Job, test: list[Example], checkpoint: Path, step: int) -> dict[str, Any] | None:
     """Predict the test split with the best weights; scores where it has summaries."""
-    if not splits.test or job.summarizer is None:
+    if not test or job.summarizer is None:
         return None
     weights.load_weights(job.bundle.model, checkpoint)
-    split = split_of("test", splits.test, job.bundle.text_encoder())
-    result = evaluation.evaluate(
-        job.bundle.model,
-        split,
-        job.runtime,
-        collate=job.bundle.collate,
-        batch_size=job.recipe.evaluation.per_device_eval_batch_size,
-        summarizer=job.summarizer,
-        rouge_tokenizer=job.recipe.evaluation.rouge_tokenizer,
-    )
+    split = evaluation.Split.of("test", test, job.bundle.text_encoder())
+    result = evaluation.evaluate(job.bundle, split, job.runtime, job.recipe.evaluation, job.summarizer)
     if job.runtime.is_main:
         write_predictions(job.run_dir / "predictions" / f"test-step{step}.csv", result.rows)
         if split.targets is not None:

@@ -6,9 +6,8 @@ import hashlib
 import logging
 import math
 import time
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from engine.checkpoints.store import EngineState
 from engine.data.collate import IGNORE_INDEX
 from engine.models import build, memory
 from engine.runtime import signals
-from engine.training import evaluation, nonfinite
+from engine.training import evaluation, nonfinite, optim
 from engine.training.state import TrainerState, Update, Window
 from engine.training.tracking import Tracker, write_predictions
 
@@ -35,29 +34,54 @@ if TYPE_CHECKING:
 log = logging.getLogger("engine.train")
 
 
-@dataclass
-class Job:
-    """The parts of one run, as `train()` uses them."""
+class Learner(NamedTuple):
+    """What an update moves."""
 
-    recipe: Recipe
-    runtime: Runtime
-    run_dir: Path
-    bundle: ModelBundle
-    model: nn.Module  # bundle.model, wrapped by DistributedDataParallel where there are several ranks
+    model: nn.Module  # the bundle's, wrapped by DistributedDataParallel where there are several ranks
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
     scaler: torch.amp.GradScaler
-    sampler: WindowSampler
+
+    def states(self) -> dict[str, Any]:
+        """All but the weights, under the names of `EngineState`."""
+        parts = {"optimizer": self.optimizer, "scheduler": self.schedule, "scaler": self.scaler}
+        return {name: part.state_dict() for name, part in parts.items()}
+
+    def load_states(self, saved: EngineState) -> None:
+        """The inverse. Raises: KeyError, RuntimeError, TypeError, ValueError for states of other parts."""
+        self.optimizer.load_state_dict(saved.optimizer)
+        self.schedule.load_state_dict(saved.scheduler)
+        self.scaler.load_state_dict(saved.scaler)
+
+
+class TrainingRows(NamedTuple):
+    """What is trained on; `features[i].index` is the place of its row in `examples`."""
+
     examples: list[Example]
     features: list[Feature]
+    sampler: WindowSampler  # deals the features out
+
+
+@dataclass
+class Job:
+    """The parts of one run, as `train()` uses them. `summarizer` is None where evaluations measure the loss only."""
+
+    recipe: Recipe
+    runtime: Runtime
+    bundle: ModelBundle
+    learner: Learner
+    rows: TrainingRows
     dev: evaluation.Split | None
     summarizer: Summarizer | None
     store: CheckpointStore
     tracker: Tracker
-    total_windows: int
-    state: TrainerState = field(default_factory=TrainerState)
+    state: TrainerState
 
     def __post_init__(self) -> None:
+        self.model, self.optimizer, self.schedule, self.scaler = self.learner
+        self.examples, self.features, self.sampler = self.rows
+        self.run_dir = self.tracker.run_dir
+        self.total_windows = optim.total_updates(self.recipe.training, self.sampler.updates_per_epoch)
         self.supervised = [sum(label != IGNORE_INDEX for label in feature.labels) for feature in self.features]
         self.progress = self.runtime.progress(
             total=self.total_windows, initial=self.windows_done, desc="train", unit="update"
@@ -91,7 +115,7 @@ class Job:
         return Window(
             batches=batches,
             tokens=sum(self.supervised[row] for row in rows),
-            cells=sum(self.features[row].length for row in rows),
+            all_tokens=sum(self.features[row].length for row in rows),
             ids=[self.examples[self.features[row].index].id for row in rows],
         )
 
@@ -115,7 +139,7 @@ class Job:
         self.clock = now
         nonfinite.check_skipping(state, self.scaler, training)
         self.progress.update(1)
-        state.interval_cells += window.cells
+        state.interval_all_tokens += window.all_tokens
         state.interval_samples += len(window.ids)
         if not update.applied:
             return
@@ -134,7 +158,7 @@ class Job:
             "loss": state.interval_loss / state.interval_tokens,
             "learning_rate": update.learning_rate,
             "grad_norm": update.grad_norm,
-            "tokens_per_second": state.interval_cells / seconds,
+            "tokens_per_second": state.interval_all_tokens / seconds,
             "samples_per_second": state.interval_samples / seconds,
             "seconds": state.interval_seconds,
             "skipped_updates": state.skipped,
@@ -143,11 +167,11 @@ class Job:
         }
         if self.scaler.is_enabled():
             row["loss_scale"] = self.scaler.get_scale()
-        self.tracker.log_train(row)
+        self.tracker.log_row(row)
         self.progress.set_postfix(loss=f"{row['loss']:.4f}", lr=f"{update.learning_rate:.2e}", refresh=False)
         log.debug("step %d  loss %.4f  grad_norm %.3f", state.step, row["loss"], update.grad_norm)
         state.interval_loss = state.interval_seconds = 0.0
-        state.interval_tokens = state.interval_cells = state.interval_samples = 0
+        state.interval_tokens = state.interval_all_tokens = state.interval_samples = 0
 
     # Evaluation
 
@@ -162,30 +186,22 @@ class Job:
     def evaluate(self) -> None:
         """Score the dev split, remember whether it is the best so far, count towards early stopping."""
         state, settings = self.state, self.recipe.evaluation
-        result = evaluation.evaluate(
-            self.bundle.model,
-            self.dev,
-            self.runtime,
-            collate=self.bundle.collate,
-            batch_size=settings.per_device_eval_batch_size,
-            summarizer=self.summarizer,
-            rouge_tokenizer=settings.rouge_tokenizer,
-        )
+        result = evaluation.evaluate(self.bundle, self.dev, self.runtime, settings, self.summarizer)
         state.evaluation_seconds += result.metrics["seconds"]
-        self._judge(result.metrics.get(settings.metric))
-        self._report(result)
+        self._compare_with_best(result.metrics.get(settings.metric))
+        self._log_evaluation(result)
         nonfinite.check_evaluation(result.metrics.get("loss"), state.step, self.scaler, self.recipe.training)
         self.clock = time.perf_counter()
 
-    def _judge(self, value: float | None) -> None:
-        """Compare with the best so far. A tie keeps the earlier; a missing or NaN value is never the best."""
+    def _compare_with_best(self, value: float | None) -> None:
+        """Is it the best so far, and is it time to stop? A tie keeps the earlier; a missing or NaN value is never best."""
         state, training, metric = self.state, self.recipe.training, self.recipe.evaluation.metric
         state.evaluated_step, state.evaluated_value = state.step, value
         state.evaluations_without_gain += 1
         if value is None or not math.isfinite(value):
             log.warning("evaluation.metric %s is %s at step %d; it cannot be the best", metric, value, state.step)
         else:
-            sign = 1.0 if evaluation.HIGHER_IS_BETTER[metric] else -1.0
+            sign = -1.0 if metric in evaluation.LOWER_IS_BETTER else 1.0
             gain = math.inf if state.best_value is None else sign * (value - state.best_value)
             if gain > training.early_stopping_threshold:
                 state.evaluations_without_gain = 0
@@ -196,9 +212,9 @@ class Job:
             state.stop_reason = f"no better {metric} in {patience} evaluations"
             log.info("stopping early at step %d: %s", state.step, state.stop_reason)
 
-    def _report(self, result: evaluation.Evaluation) -> None:
+    def _log_evaluation(self, result: evaluation.Scores) -> None:
         row = {"split": self.dev.name, "step": self.state.step, "epoch": self.epoch} | result.metrics
-        self.tracker.log_eval(row)
+        self.tracker.log_row(row)
         if not (self.runtime.is_main and result.rows):
             log.info("step %d  dev loss %.4f", self.state.step, row["loss"])
             return
@@ -206,18 +222,11 @@ class Job:
         samples = result.rows[:: max(1, len(result.rows) // max(1, count))][:count]
         write_predictions(self.run_dir / "predictions" / f"{self.dev.name}-step{self.state.step}.csv", result.rows)
         self.tracker.log_samples(self.state.step, samples)
+        best = "  best so far" if self.state.best_step == self.state.step else ""
         log.info(
-            "step %d  epoch %.2f  dev loss %.4f  ROUGE-1/2/L %.2f / %.2f / %.2f (%s)  capped %.0f%%  %.1f s%s",
-            self.state.step,
-            self.epoch,
-            row["loss"],
-            row["rouge1"],
-            row["rouge2"],
-            row["rougeL"],
-            row["rouge_tokenizer"],
-            100 * row["capped_rate"],
-            row["seconds"],
-            "  best so far" if self.state.best_step == self.state.step else "",
+            "step %(step)d  epoch %(epoch).2f  dev loss %(loss).4f  ROUGE-1/2/L %(rouge1).2f / %(rouge2).2f / %(rougeL).2f"
+            " (%(rouge_tokenizer)s)  capped %(capped).0f%%  %(seconds).1f s%(best)s",
+            row | {"capped": 100 * row["capped_rate"], "best": best},
         )
         for sample in samples[:1]:
             log.info("  reference:  %s", sample["reference"])
@@ -248,10 +257,8 @@ class Job:
             EngineState(
                 position=state.to_dict(),
                 best={"step": state.best_step, "metric": metric, "value": state.best_value} if known else None,
-                optimizer=self.optimizer.state_dict(),
-                scheduler=self.schedule.state_dict(),
-                scaler=self.scaler.state_dict(),
                 rng=self.runtime.random_state(),
+                **self.learner.states(),
             ),
             weights=lambda: weights_of(self.bundle.model),
             write_model=lambda folder, weights: build.save_model(self.bundle, folder, state_dict=weights),

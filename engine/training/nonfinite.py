@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from engine.training.state import TrainerState, Window
 
 log = logging.getLogger("engine.train")
+_ADVICE = "lower training.learning_rate, or set training.on_nonfinite=skip"
+_NOT_SAVED = "earlier checkpoints are untouched, and this state is not saved"
 SMALLEST_SCALE = 1.0  # below this, fp16 gradients overflow without any scaling: the model, not the scale, is at fault
 
 
@@ -34,13 +36,7 @@ def check_finite(loss: float, norm: float, window: Window, scaler: torch.amp.Gra
         return True
     text = f"loss {loss}, gradient norm {norm} in the window of rows {_some(window.ids)}"
     if training.on_nonfinite == "abort":
-        raise EngineError(
-            "E7.1",
-            text,
-            "before the update",
-            "lower training.learning_rate, or set training.on_nonfinite=skip",
-            safe="weights and checkpoints are untouched",
-        )
+        raise EngineError("E7.1", text, "before the update", _ADVICE, safe="weights and checkpoints are untouched")
     log.warning("%s: update skipped", text)
     return False
 
@@ -62,13 +58,7 @@ def check_evaluation(loss: float | None, step: int, scaler: torch.amp.GradScaler
     """Raises: EngineError E7.4 for a NaN or infinite dev loss under fp32 and bf16, unless the recipe says to go on."""
     if loss is None or math.isfinite(loss) or scaler.is_enabled() or training.on_nonfinite != "abort":
         return
-    raise EngineError(
-        "E7.4",
-        f"the dev loss is {loss}",
-        f"after step {step}",
-        "lower training.learning_rate, or set training.on_nonfinite=skip",
-        safe="earlier checkpoints are untouched, and this state is not saved",
-    )
+    raise EngineError("E7.4", f"the dev loss is {loss}", f"after step {step}", _ADVICE, safe=_NOT_SAVED)
 
 
 def check_weights(model: nn.Module, step: int) -> None:
@@ -79,13 +69,8 @@ def check_weights(model: nn.Module, step: int) -> None:
     trainable = [parameter.detach() for parameter in model.parameters() if parameter.requires_grad]
     largest = float(nn.utils.get_total_norm(trainable, norm_type=math.inf))
     if not math.isfinite(largest):
-        raise EngineError(
-            "E7.3",
-            f"the weights hold {largest}",
-            f"after step {step}",
-            "lower training.learning_rate, or set training.max_grad_norm",
-            safe="earlier checkpoints are untouched, and this state is not saved",
-        )
+        advice = "lower training.learning_rate, or set training.max_grad_norm"
+        raise EngineError("E7.3", f"the weights hold {largest}", f"after step {step}", advice, safe=_NOT_SAVED)
 
 
 def _some(ids: list[str], most: int = 16) -> str:

@@ -18,7 +18,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     """Trainable parameters in two groups: decayed, and biases and normalisation weights, which are not.
 
     One-dimensional parameters are the biases and the norms of the models trained here (LayerNorm, RMSNorm); T5's table of
-    relative attention biases is a bias with two dimensions, told by its name.
+    relative attention biases is a bias with two dimensions, recognised by its name.
     """
     decayed, exempt = [], []
     for name, parameter in model.named_parameters():
@@ -40,15 +40,11 @@ def build_optimizer(groups: list[dict[str, Any]], training: Training, device: to
         "eps": training.adam_epsilon,
     }
     if training.optim == "adamw":
-        # Unfused on purpose under fp16: GradScaler cannot tell a skipped fused step from a taken one.
+        # Unfused on purpose under fp16: GradScaler cannot see whether a fused step was skipped.
         return torch.optim.AdamW(groups, **settings)
     if training.optim.startswith("paged") and device.type != "cuda":
-        raise EngineError(
-            "E2.20",
-            f"training.optim: {training.optim} keeps its state in CUDA unified memory, and this run has no GPU",
-            f"device {device}",
-            "set training.optim=adamw or adamw_8bit",
-        )
+        what = f"training.optim: {training.optim} keeps its state in CUDA unified memory, and this run has no GPU"
+        raise EngineError("E2.20", what, f"device {device}", "set training.optim=adamw or adamw_8bit")
     import bitsandbytes
 
     factories = {
@@ -57,6 +53,13 @@ def build_optimizer(groups: list[dict[str, Any]], training: Training, device: to
         "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit,
     }
     return factories[training.optim](groups, **settings)
+
+
+def total_updates(training: Training, updates_per_epoch: int) -> int:
+    """Updates the schedule is laid out for: `max_steps`, or the epochs' windows."""
+    if training.max_steps is not None:
+        return training.max_steps
+    return max(1, math.ceil(training.num_train_epochs * updates_per_epoch))
 
 
 def warmup_updates(training: Training, total_updates: int) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,21 +10,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.checkpoints.identity import identity_of
-from engine.checkpoints.store import CheckpointStore, EngineState
+from engine.checkpoints.store import CheckpointStore
 from engine.data import encode, rows
 from engine.data.windows import WindowSampler
 from engine.errors import EngineError
-from engine.models import adapters, build, tokenization, weights
+from engine.models import adapters, build, memory, tokenization, weights
 from engine.prediction.summarizer import Summarizer
 from engine.recipe.dump import dump
 from engine.training import optim
 from engine.training.batch_size import with_fitting_batch
 from engine.training.evaluation import Split
-from engine.training.job import Job
+from engine.training.job import Job, Learner, TrainingRows
 from engine.training.state import TrainerState
 from engine.training.tracking import Tracker
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from engine.data.encode import Feature, TextEncoder
     from engine.data.rows import Example
     from engine.models.build import ModelBundle
@@ -50,21 +51,18 @@ def read_splits(recipe: Recipe, runtime: Runtime) -> Splits:
     settings = recipe.data
     if settings.train_file is None:
         raise EngineError("E2.21", "there is nothing to train on", "data.train_file", "set data.train_file")
-    evaluating = settings.validation_file is not None and recipe.evaluation.strategy != "no"
-    dev: list[Example] = []
-    test: list[Example] = []
+
+    def read(file: str, limit: int | None, *, require_summary: bool = True) -> list[Example]:
+        return rows.read_examples(file, settings, require_summary=require_summary, limit=limit)
+
+    dev, test = [], []
     with runtime.together("reading data"):
-        train = rows.read_examples(
-            settings.train_file, settings, require_summary=True, limit=settings.max_train_samples
-        )
-        if evaluating:
-            limit = settings.max_validation_samples
-            dev = rows.read_examples(settings.validation_file, settings, require_summary=True, limit=limit)
-        if settings.test_file is not None:
-            limit = settings.max_test_samples
-            test = rows.read_examples(settings.test_file, settings, require_summary=False, limit=limit)
-        if dev:
+        train = read(settings.train_file, settings.max_train_samples)
+        if settings.validation_file is not None and recipe.evaluation.strategy != "no":
+            dev = read(settings.validation_file, settings.max_validation_samples)
             rows.check_splits(train, dev, allow_overlap=settings.allow_overlap)
+        if settings.test_file is not None:
+            test = read(settings.test_file, settings.max_test_samples, require_summary=False)
     return Splits(train, dev, test)
 
 
@@ -72,55 +70,45 @@ def read_splits(recipe: Recipe, runtime: Runtime) -> Splits:
 def prepare(
     recipe: Recipe, runtime: Runtime, folder: RunFolder, splits: Splits, resume: str | None, allow_change: Sequence[str]
 ) -> Iterator[Job]:
-    """Build the job. Leaving the context joins background saves and closes the trackers, also after an error."""
+    """Build the job. Leaving the context joins background saves and closes the trackers, also after an error.
+
+    What a run computes depends on the order of these steps; each says what it must come before or after.
+    """
+    # All ranks still draw the same numbers here, so that new weights (of a head, a token, an adapter) are equal everywhere.
     with runtime.together("building the model"):
         bundle = build.build_model(recipe, device=runtime.device, precision=runtime.precision)
     encoder = bundle.text_encoder()
     with runtime.together("tokenising"):
         features = encode.encode_all(encoder, splits.train, augment=recipe.data.instruction_augmentation)
-        dev = split_of("dev", splits.dev, encoder) if splits.dev else None
-    model = runtime.accelerator.prepare(bundle.model.train())  # from_pretrained hands out eval mode: no dropout
+        dev = Split.of("dev", splits.dev, encoder).subset(recipe.evaluation.max_samples) if splits.dev else None
+    model = runtime.accelerator.prepare(
+        bundle.model.train()
+    )  # from_pretrained returns it in eval mode, without dropout
+
+    # Sampler, checkpoint identity and recipe.yaml must all know the batch that is really trained, so it is tried first.
     if recipe.training.auto_batch_size:
         recipe = with_fitting_batch(recipe, model, bundle, features, runtime)
     if runtime.is_main:
         (folder.path / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
-    _report(recipe, bundle, features, encoder)
-    runtime.seed_ranks(recipe.training.seed)
+    _log_model(recipe, bundle, features, encoder)
 
+    runtime.seed_ranks(recipe.training.seed)  # dropout may differ from rank to rank, now that the weights are drawn
     sampler = _sampler(recipe, runtime, features)
-    total = total_windows(recipe, sampler.updates_per_epoch)
-    optimizer = optim.build_optimizer(parameter_groups(recipe, bundle), recipe.training, runtime.device)
-    schedule = optim.build_schedule(optimizer, recipe.training, total)
-    scaler = runtime.scaler()
-    store = _store(recipe, runtime, folder.path, bundle, splits, allow_change)
-    state, random_state = TrainerState(), None
-    with store:
+    learner = _learner(recipe, runtime, bundle, model, sampler.updates_per_epoch)
+    summarizer = None
+    if recipe.evaluation.generate:
+        batch_size = recipe.evaluation.per_device_eval_batch_size
+        summarizer = Summarizer(bundle, encoder, recipe.generation, batch_size=batch_size)
+
+    with _store(recipe, runtime, folder.path, bundle, splits, allow_change) as store:
+        # A checkpoint fills parts that must exist, and is only taken where their identity is the one it was saved under.
         found = store.find_resume(resume) if resume else None
-        if found is not None:
-            saved = store.load_state(found)
-            weights.load_weights(bundle.model, found)
-            state, random_state = _restore(saved, found, optimizer, schedule, scaler), saved.rng
-            log.info("resumed at step %d from %s", state.step, found)
-        tracker = Tracker(folder.path, runtime.accelerator, recipe, _resumed_step(found, state, folder))
-        job = Job(
-            recipe=recipe,
-            runtime=runtime,
-            run_dir=folder.path,
-            bundle=bundle,
-            model=model,
-            optimizer=optimizer,
-            schedule=schedule,
-            scaler=scaler,
-            sampler=sampler,
-            examples=splits.train,
-            features=features,
-            dev=None if dev is None else dev.subset(recipe.evaluation.max_samples),
-            summarizer=summarizer_of(recipe, bundle, encoder) if recipe.evaluation.generate else None,
-            store=store,
-            tracker=tracker,
-            total_windows=total,
-            state=state,
-        )
+        state, random_state = _load(store, found, bundle, learner) if found else (TrainerState(), None)
+        # An earlier attempt may have logged rows past the checkpoint, or before there was any: they are trained again.
+        logged_until = state.step if found or folder.reused else None
+        tracker = Tracker(folder.path, runtime.accelerator, recipe, logged_until)
+        trained_on = TrainingRows(splits.train, features, sampler)
+        job = Job(recipe, runtime, bundle, learner, trained_on, dev, summarizer, store, tracker, state)
         if random_state is not None:
             runtime.restore_random_state(random_state)  # last: nothing between here and the first update may draw
         runtime.signals.enter_loop()
@@ -131,33 +119,31 @@ def prepare(
             tracker.close()
 
 
-def _restore(saved: EngineState, found: Path, optimizer: Any, schedule: Any, scaler: Any) -> TrainerState:
-    """Give the parts their saved states back. Raises: EngineError E5.8 for states that these parts cannot have had."""
+def _load(
+    store: CheckpointStore, found: Path, bundle: ModelBundle, learner: Learner
+) -> tuple[TrainerState, dict[str, Any] | None]:
+    """Give model and learner their saved states back; the trainer's counters, and the random streams for later.
+
+    Raises: EngineError E5.8 for states that these parts cannot have had.
+    """
+    saved = store.load_state(found)
+    weights.load_weights(bundle.model, found)
     try:
-        optimizer.load_state_dict(saved.optimizer)
-        schedule.load_state_dict(saved.scheduler)
-        scaler.load_state_dict(saved.scaler)
-        return TrainerState.from_dict(saved.position)
+        learner.load_states(saved)
+        state = TrainerState.from_dict(saved.position)
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         what = f"the saved state does not fit this run: {error}"
         raise EngineError("E5.8", what, str(found), "resume with the recipe it was saved by") from error
+    log.info("resumed at step %d from %s", state.step, found)
+    return state, saved.rng
 
 
-def split_of(name: str, examples: list[Example], encoder: TextEncoder) -> Split:
-    """A split for evaluation: prompts to decode, and targets where every row has a reference."""
-    prompts = [encoder.prompt_feature(example, index) for index, example in enumerate(examples)]
-    scored = all(example.references for example in examples)
-    targets = [encoder.training_feature(example, index) for index, example in enumerate(examples)] if scored else None
-    return Split(name, examples, prompts, targets)
-
-
-def summarizer_of(recipe: Recipe, bundle: ModelBundle, encoder: TextEncoder) -> Summarizer:
-    return Summarizer(
-        bundle,
-        encoder,
-        recipe.generation,
-        batch_size=recipe.evaluation.per_device_eval_batch_size,
-    )
+def _learner(
+    recipe: Recipe, runtime: Runtime, bundle: ModelBundle, model: nn.Module, updates_per_epoch: int
+) -> Learner:
+    optimizer = optim.build_optimizer(parameter_groups(recipe, bundle), recipe.training, runtime.device)
+    total = optim.total_updates(recipe.training, updates_per_epoch)
+    return Learner(model, optimizer, optim.build_schedule(optimizer, recipe.training, total), runtime.scaler())
 
 
 def parameter_groups(recipe: Recipe, bundle: ModelBundle) -> list[dict[str, Any]]:
@@ -169,13 +155,6 @@ def parameter_groups(recipe: Recipe, bundle: ModelBundle) -> list[dict[str, Any]
         weight_decay=recipe.training.weight_decay,
         loraplus_lr_ratio=recipe.lora.loraplus_lr_ratio,
     )
-
-
-def total_windows(recipe: Recipe, updates_per_epoch: int) -> int:
-    """Updates the schedule is laid out for: `max_steps`, or the epochs' windows."""
-    if recipe.training.max_steps is not None:
-        return recipe.training.max_steps
-    return max(1, math.ceil(recipe.training.num_train_epochs * updates_per_epoch))
 
 
 def _sampler(recipe: Recipe, runtime: Runtime, features: list[Feature]) -> WindowSampler:
@@ -214,16 +193,8 @@ def _store(
     )
 
 
-def _resumed_step(found: Path | None, state: TrainerState, folder: RunFolder) -> int | None:
-    if found is not None:
-        return state.step
-    return 0 if folder.reused else None
-
-
-def plan(recipe: Recipe, runtime: Runtime) -> dict[str, Any]:
-    """The dry run: everything up to the first batch, and what the run would cost, printed and returned."""
-    from engine.models import memory
-
+def dry_run(recipe: Recipe, runtime: Runtime) -> dict[str, Any]:
+    """Everything up to the first batch, and what the run would cost, printed and returned."""
     splits = read_splits(recipe, runtime)
     estimate = memory.estimate(
         recipe, precision=runtime.precision, device=runtime.device, world_size=runtime.world_size
@@ -234,12 +205,12 @@ def plan(recipe: Recipe, runtime: Runtime) -> dict[str, Any]:
     encoder = bundle.text_encoder()
     features = encode.encode_all(encoder, splits.train, augment=recipe.data.instruction_augmentation)
     sampler = _sampler(recipe, runtime, features)
-    _report(recipe, bundle, features, encoder)
+    _log_model(recipe, bundle, features, encoder)
     first = bundle.collate([features[row] for row in sampler.window(0, 0)[0]])
     counts = {
         "parameters": bundle.report["parameters"],
         "trainable_parameters": bundle.report["trainable_parameters"],
-        "updates": total_windows(recipe, sampler.updates_per_epoch),
+        "updates": optim.total_updates(recipe.training, sampler.updates_per_epoch),
         "updates_per_epoch": sampler.updates_per_epoch,
         "tokens_per_epoch": sum(feature.length for feature in features),
     }
@@ -252,16 +223,14 @@ def plan(recipe: Recipe, runtime: Runtime) -> dict[str, Any]:
     return counts | {"first_batch": shapes, "memory": estimate}
 
 
-def _report(recipe: Recipe, bundle: ModelBundle, features: list[Feature], encoder: TextEncoder) -> None:
+def _log_model(recipe: Recipe, bundle: ModelBundle, features: list[Feature], encoder: TextEncoder) -> None:
     report = bundle.report
+    numbers = ("parameters", "trainable_parameters", "vocabulary_before", "vocabulary")
     log.info(
         "%s (%s): %s parameters, %s trainable; vocabulary %s -> %s; %s on %s",
         recipe.model.name_or_path or report["model_type"],
         bundle.family,
-        f"{report['parameters']:,}",
-        f"{report['trainable_parameters']:,}",
-        f"{report['vocabulary_before']:,}",
-        f"{report['vocabulary']:,}",
+        *(f"{report[name]:,}" for name in numbers),
         report["precision"],
         report["device"],
     )

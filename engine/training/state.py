@@ -1,4 +1,4 @@
-"""What the training loop passes around and counts: a window of data, what it did, and where the run stands."""
+"""What the training loop passes around and counts: a window of data, what it did, and how far the run is."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Window:
-    """One update's data on this rank; `tokens`, `cells` and `ids` count the rows of all ranks."""
+    """One update's data on this rank; the counts and `ids` are of the rows of all ranks."""
 
     batches: list[dict[str, Tensor]]
     tokens: int  # supervised tokens: what the summed loss is divided by
-    cells: int  # source and target tokens without padding: what tokens_per_second counts
+    all_tokens: int  # of source and target, without padding: what tokens_per_second counts
     ids: list[str]
 
 
@@ -31,7 +31,10 @@ class Update:
 
 @dataclass
 class TrainerState:
-    """Everything the loop counts. What is missing here would be lost by a resume."""
+    """Everything the loop counts, as plain numbers. What is missing here would be lost by a resume.
+
+    A checkpoint keeps it as `EngineState.position`, beside the states of optimizer, schedule, scaler and random streams.
+    """
 
     step: int = 0  # updates made
     epoch: int = 0  # of the next window
@@ -50,7 +53,7 @@ class TrainerState:
     # Since the last row of the log
     interval_loss: float = 0.0
     interval_tokens: int = 0
-    interval_cells: int = 0
+    interval_all_tokens: int = 0
     interval_samples: int = 0
     interval_seconds: float = 0.0
 
@@ -72,4 +75,8 @@ class TrainerState:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainerState:
-        return cls(**values)
+        """The inverse. Raises: TypeError for a name that is none of ours."""
+        return cls(**{_FORMER_NAMES.get(name, name): value for name, value in values.items()})
+
+
+_FORMER_NAMES = {"interval_cells": "interval_all_tokens"}  # checkpoints written under the old name still resume

@@ -1,7 +1,7 @@
-"""What a run tells while it trains: metrics.jsonl, TensorBoard, W&B, sample tables, and the table of all runs.
+"""What a run records while it trains: metrics.jsonl, prediction files, and what TensorBoard and W&B show.
 
 metrics.jsonl is the record of truth; the trackers show the same rows. After a crash both continue without showing a step
-twice: rows past the resumed step are cut from the file, and TensorBoard is told to purge them.
+twice: rows past the resumed step are cut from the file, and TensorBoard purges them.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Tracker:
         return trackers
 
     def _forget_after(self, step: int, logging_steps: int) -> None:
-        """Cut what the resumed checkpoint does not contain; tell what it contains and the file has lost."""
+        """Cut what the resumed checkpoint does not contain; warn of what it contains and the file has lost."""
         path = self.metrics_path
         found = list(_parse(path))
         if None in found:
@@ -111,17 +111,11 @@ class Tracker:
         if self.is_main and self.metrics_path.exists():
             fsync_file(self.metrics_path)
 
-    def log_train(self, row: Mapping[str, Any]) -> None:
-        """`row` follows the contract's train keys; `step` counts optimizer updates."""
-        self._write(row, "train")
-
-    def log_eval(self, row: Mapping[str, Any]) -> None:
-        """`row` follows the contract's eval keys; its `split` names the data."""
-        self._write(row, "eval" if row["split"] == "dev" else row["split"])
-
-    def _write(self, row: Mapping[str, Any], group: str) -> None:
+    def log_row(self, row: Mapping[str, Any]) -> None:
+        """`row` follows the contract's keys: `split` is "train" or names the data, `step` counts optimizer updates."""
         if not self.is_main:
             return
+        group = "eval" if row["split"] == "dev" else row["split"]
         with self.metrics_path.open("a", encoding="utf-8") as handle:
             handle.write(strict_json(row) + "\n")
         scalars = {

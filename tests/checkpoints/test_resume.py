@@ -102,8 +102,8 @@ def test_the_best_survives_a_resume_and_a_worse_evaluation(tmp_path, recipe, mon
     scores = {1: 5.0, 2: 3.0, 3: 4.0, 4: 4.5, 5: 3.5, 6: 3.2}
     evaluate = training_evaluation.evaluate
 
-    def scripted(model, split, runtime, **settings):
-        found = evaluate(model, split, runtime, **settings)
+    def scripted(bundle, split, runtime, *settings):
+        found = evaluate(bundle, split, runtime, *settings)
         found.metrics["loss"] = scores[runtime.status.step + 1]
         return found
 

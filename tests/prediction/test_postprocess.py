@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.prediction.postprocess import PARTICLES, RULES, PostprocessReport, postprocess
+from engine.prediction.postprocess import PARTICLES, RULES, postprocess, repairs_text
 
 ALL = dict.fromkeys(RULES, True)
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data" / "dialogsum_ko" / "train.csv"
@@ -112,13 +112,10 @@ def test_rules_together():
     assert postprocess(text, **ALL, capped=False) == (text, [])
 
 
-def test_report_counts():
-    report = PostprocessReport()
-    for text in ("#Person1# 는 간다", "#Person1#는 간다.", "#Person1# 가 온다."):
-        report.add(postprocess(text, **ALL)[1])
-    assert report.to_dict() == {"texts": 3, "fix_full_stop": 1, "fix_particles": 2}
-    assert str(report) == "post-processing of 3 texts: fix_full_stop 1, fix_particles 2"
-    assert str(PostprocessReport(texts=1)).endswith("no rule fired")
+def test_repairs_are_counted():
+    fired = [postprocess(text, **ALL)[1] for text in ("#Person1# 는 간다", "#Person1#는 간다.", "#Person1# 가 온다.")]
+    assert repairs_text(fired) == "post-processing of 3 texts: fix_full_stop 1, fix_particles 2"
+    assert repairs_text([[]]) == ""
 
 
 @pytest.mark.skipif(not DATA.exists(), reason="the real data is not here")

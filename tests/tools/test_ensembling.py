@@ -6,6 +6,7 @@ import itertools
 
 import ensembling
 import pytest
+import tiny
 import torch
 from ensembling import average_state_dicts, average_tensors, choose_by_consensus, generate_together
 
@@ -109,48 +110,14 @@ def test_average_refuses_other_models():
 VOCABULARY = 40
 
 
-def tiny_bart(seed: int, width: int = 16):
-    from transformers import BartConfig, BartForConditionalGeneration
-
-    torch.manual_seed(seed)
-    config = BartConfig(
-        vocab_size=VOCABULARY,
-        d_model=width,
-        encoder_layers=1,
-        decoder_layers=2,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
-        encoder_ffn_dim=32,
-        decoder_ffn_dim=32,
-        max_position_embeddings=64,
-        pad_token_id=1,
-        bos_token_id=0,
-        eos_token_id=2,
-        decoder_start_token_id=2,
-        forced_eos_token_id=None,
-        init_std=0.6,
-    )
-    return BartForConditionalGeneration(config).eval()
-
-
-def tiny_llama(seed: int, width: int = 16):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=width,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        pad_token_id=1,
-        bos_token_id=0,
-        eos_token_id=2,
-        initializer_range=0.6,
-    )
-    return LlamaForCausalLM(config).eval()
+def tiny_model(family: str, seed: int, width: int = 16):
+    shape = {
+        "bart": {"d_model": width, "encoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "init_std": 0.6}
+        | {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "decoder_start_token_id": 2},
+        "llama": {"hidden_size": width, "head_dim": width // 4, "intermediate_size": 32, "initializer_range": 0.6},
+    }
+    ids = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
+    return tiny.model(family, VOCABULARY, seed=seed, **ids, **shape[family])
 
 
 def prompts(seed: int, lengths=(9, 4, 7)) -> list[list[int]]:
@@ -203,10 +170,10 @@ def plain_beam_search(models, shares, rows, beams: int, limit: int, penalty: flo
     return finished
 
 
-@pytest.mark.parametrize("build", [tiny_bart, tiny_llama])
+@pytest.mark.parametrize("family", ["bart", "llama"])
 @pytest.mark.parametrize("penalty", [1.0, 0.3])
-def test_together_equals_a_direct_computation(build, penalty):
-    models, weights = [build(1), build(2), build(3, width=24)], [3.0, 2.0, 1.0]
+def test_together_equals_a_direct_computation(family, penalty):
+    models, weights = [tiny_model(family, 1), tiny_model(family, 2), tiny_model(family, 3, width=24)], [3.0, 2.0, 1.0]
     rows = prompts(5)
     settings = settings_for(models[0], length_penalty=penalty, num_return_sequences=2)
     found = generate_together(models, [rows] * 3, settings, pad_token_id=1, weights=weights)
@@ -217,9 +184,9 @@ def test_together_equals_a_direct_computation(build, penalty):
         assert [h.score for h in hypotheses] == pytest.approx([score for score, _ in expected[:2]], abs=1e-4)
 
 
-@pytest.mark.parametrize("build", [tiny_bart, tiny_llama])
-def test_members_may_have_their_own_prompts(build):
-    models = [build(1), build(2)]
+@pytest.mark.parametrize("family", ["bart", "llama"])
+def test_members_may_have_their_own_prompts(family):
+    models = [tiny_model(family, 1), tiny_model(family, 2)]
     rows = [prompts(5), prompts(6, lengths=(5, 8, 3))]
     found = generate_together(models, rows, settings_for(models[0]), pad_token_id=1, max_batch_size=2)
     for own, hypotheses in zip(zip(*rows, strict=True), found, strict=True):
@@ -227,22 +194,22 @@ def test_members_may_have_their_own_prompts(build):
         assert hypotheses[0].token_ids == expected[0][1]
 
 
-@pytest.mark.parametrize("build", [tiny_bart, tiny_llama])
+@pytest.mark.parametrize("family", ["bart", "llama"])
 @pytest.mark.parametrize("values", [{}, {"num_beams": 1}, {"no_repeat_ngram_size": 2, "min_new_tokens": 4}])
-def test_one_model_or_twins_are_the_model_alone(build, values):
-    model, rows = build(4), prompts(7)
+def test_one_model_or_twins_are_the_model_alone(family, values):
+    model, rows = tiny_model(family, 4), prompts(7)
     settings = settings_for(model, **values)
     alone = [h[0].token_ids for h in generate_all(model, rows, settings, pad_token_id=1)]
-    for members in ([model], [model, model], [model, build(4)]):
+    for members in ([model], [model, model], [model, tiny_model(family, 4)]):
         together = generate_together(members, [rows] * len(members), settings, pad_token_id=1)
         assert [h[0].token_ids for h in together] == alone
-    stranger = build(9)
+    stranger = tiny_model(family, 9)
     together = generate_together([model, stranger], [rows] * 2, settings, pad_token_id=1, weights=[1, 0])
     assert [h[0].token_ids for h in together] == alone
 
 
 def test_mask_callback_and_ends():
-    models, rows = [tiny_bart(1), tiny_bart(2)], prompts(5)
+    models, rows = [tiny_model("bart", 1), tiny_model("bart", 2)], prompts(5)
     mask = torch.zeros(VOCABULARY)
     mask[20:] = -torch.inf
     seen: list[int] = []
@@ -261,7 +228,7 @@ def test_mask_callback_and_ends():
 
 
 def test_a_mask_per_prompt_follows_its_prompt():
-    models, rows = [tiny_bart(1), tiny_bart(2)], prompts(5)
+    models, rows = [tiny_model("bart", 1), tiny_model("bart", 2)], prompts(5)
     masks = torch.zeros(3, VOCABULARY)
     masks[0, 20:] = masks[2, 3:20] = -torch.inf
     free = generate_together(models, [rows] * 2, settings_for(models[0]), pad_token_id=1)
@@ -275,11 +242,11 @@ def test_a_mask_per_prompt_follows_its_prompt():
 
 
 def test_together_refuses_what_cannot_be_averaged():
-    bart, llama = tiny_bart(1), tiny_llama(1)
+    bart, llama = tiny_model("bart", 1), tiny_model("llama", 1)
     rows, settings = prompts(5), settings_for(bart)
     with pytest.raises(ValueError, match="cannot be decoded together"):
         generate_together([bart, llama], [rows] * 2, settings, pad_token_id=1)
-    wider = tiny_bart(2)
+    wider = tiny_model("bart", 2)
     wider.resize_token_embeddings(VOCABULARY + 2)
     with pytest.raises(ValueError, match="vocabularies differ"):
         generate_together([bart, wider], [rows] * 2, settings, pad_token_id=1)

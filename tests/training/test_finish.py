@@ -71,3 +71,14 @@ def test_a_table_that_cannot_be_read_is_left_alone(tmp_path, content, caplog):
         assert "results.json" in caplog.text
     else:
         assert rows_of(path)[-1]["run"] == "run" and content.splitlines()[-1] in path.read_bytes()
+
+
+def test_best_weights_are_the_final_model(trained):
+    from safetensors.torch import load_file
+
+    folder, results = trained
+    run_dir = folder / "run"
+    best = load_file(run_dir / f"checkpoint-{results['best_step']}" / "model.safetensors")
+    final = load_file(run_dir / "final_model" / "model.safetensors")
+    assert best.keys() == final.keys() and all((best[name] == final[name]).all() for name in best)
+    assert not (run_dir / "final_model" / "engine_state").exists()

@@ -120,18 +120,10 @@ def qwen3(data: Path, count: int, new_tokens: int) -> Case:
     tokenizer = AutoTokenizer.from_pretrained(data / "tokenizers" / "qwen3")
     torch.manual_seed(0)
     config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=512,
-        intermediate_size=1536,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=64,
-        tie_word_embeddings=True,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        initializer_range=0.06,
-    )
+        vocab_size=len(tokenizer), hidden_size=512, intermediate_size=1536, num_hidden_layers=8,
+        num_attention_heads=8, num_key_value_heads=4, head_dim=64, tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, initializer_range=0.06,
+    )  # fmt: skip
     model = Qwen3ForCausalLM(config).eval()
     stream = tokenizer("\n".join(dialogues(data, 60)))["input_ids"]
     lengths = [300 + 100 * i // max(count - 1, 1) for i in range(count)]
@@ -144,19 +136,10 @@ def llama_3b(data: Path, count: int, new_tokens: int) -> Case:
     """Llama-3.2-3B's shape, for a GPU: random weights, prompts of 800 random tokens, 4 beams."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=128_256,
-        hidden_size=3072,
-        intermediate_size=8192,
-        num_hidden_layers=28,
-        num_attention_heads=24,
-        num_key_value_heads=8,
-        head_dim=128,
-        tie_word_embeddings=True,
-        bos_token_id=128_000,
-        eos_token_id=[128_001, 128_008, 128_009],
-        pad_token_id=128_001,
-        dtype=torch.bfloat16,
-    )
+        vocab_size=128_256, hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24,
+        num_key_value_heads=8, head_dim=128, tie_word_embeddings=True, bos_token_id=128_000,
+        eos_token_id=[128_001, 128_008, 128_009], pad_token_id=128_001, dtype=torch.bfloat16,
+    )  # fmt: skip
     with torch.device("cuda"):
         model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
     prompts = torch.randint(0, 128_000, (count, 800)).tolist()

@@ -9,6 +9,7 @@ KoBART's shape in float32 (16 dialogues x 5 beams, and all 499 test dialogues), 
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ RUNS = {
 
 
 def main() -> int:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     import torch
 
     if not torch.cuda.is_available():

@@ -84,7 +84,7 @@ class Load:
     answer: int
 
 
-def recipe_of(folder: Path, load: Load) -> Recipe:
+def measured_recipe(folder: Path, load: Load) -> Recipe:
     """The recipe that this benchmark measures: the shipped QLoRA settings."""
     from engine.recipe.schema import Recipe
 
@@ -256,7 +256,7 @@ def measure(shape: str, load: Load, count: int) -> dict[str, Any]:
     values = SHAPES[shape]
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(values), encoding="utf-8")
-        recipe = recipe_of(Path(folder), load)
+        recipe = measured_recipe(Path(folder), load)
         estimate = memory.estimate(recipe, precision=precision, device=device)
     model = build(values, recipe, device, adapters.DTYPES[precision])
     loaded = torch.cuda.memory_allocated(device)

@@ -1,0 +1,54 @@
+"""A prediction that was killed goes on where it stopped."""
+
+from __future__ import annotations
+
+import pytest
+
+from engine import predict
+from engine.prediction.partial import PartialResults
+from engine.prediction.summarizer import Summary
+
+
+def test_a_prediction_goes_on_where_it_stopped(trained, monkeypatch, capsys):
+    """Batches that a side file holds are not decoded again, and the file comes out the same."""
+    from engine.prediction import summarizer as prediction_summarizer
+
+    folder, _ = trained
+    whole, resumed = folder / "whole.csv", folder / "resumed.csv"
+    arguments = [str(folder / "run"), "--input", str(folder / "test.jsonl")]
+    batch = "evaluation.per_device_eval_batch_size=2"
+    assert predict.main([*arguments, "--output", str(whole), batch]) == 0
+
+    decoded: list[int] = []
+    plain = prediction_summarizer.Summarizer._decode
+
+    def counted(self, model, rows, mask):
+        if len(decoded) >= 2 and not counted.alive:
+            raise KeyboardInterrupt
+        decoded.extend(row.index for row in rows)
+        return plain(self, model, rows, mask)
+
+    counted.alive = False
+    monkeypatch.setattr(prediction_summarizer.Summarizer, "_decode", counted)
+    with pytest.raises(KeyboardInterrupt):
+        predict.main([*arguments, "--output", str(resumed), batch])
+    assert not resumed.exists() and len(decoded) == 2
+    side = next(folder.glob("resumed.csv.partial-rank0.jsonl"))
+    side.write_text(side.read_text(encoding="utf-8") + 'no JSON\n{"fingerprint": "torn', encoding="utf-8")
+    counted.alive = True
+    capsys.readouterr()
+    assert predict.main([*arguments, "--output", str(resumed), batch]) == 0
+    assert "2 of 5 rows were decoded before" in capsys.readouterr().err
+    assert sorted(decoded) == list(range(5)), "every row once"
+    assert resumed.read_bytes() == whole.read_bytes()
+
+
+def test_ranks_keep_their_own_files_and_other_predictions_do_not_count(tmp_path):
+    output = str(tmp_path / "out[1]*.csv")  # a name that a pattern would read otherwise
+    for rank, fingerprint, index in ((0, "this", 0), (1, "this", 1), (0, "other", 2)):
+        PartialResults(output, rank, fingerprint=fingerprint).append([Summary(index, ["요약"], [None], 1, True)])
+    (tmp_path / "out1x.csv.partial-rank0.jsonl").write_text("not ours")
+    kept = PartialResults(output, 0, fingerprint="this")
+    assert [record["index"] for record in kept.read_all()] == [0, 1]
+    kept.remove()
+    assert [path.name for path in tmp_path.iterdir()] == ["out1x.csv.partial-rank0.jsonl"]

@@ -1,0 +1,68 @@
+"""The Python API: it agrees with the run, takes settings by name, and refuses what it cannot read before decoding."""
+
+from __future__ import annotations
+
+import csv
+
+import pandas as pd
+import pytest
+
+from engine import Predictor
+from engine.errors import EngineError
+
+
+def test_predictor_agrees_with_the_run(trained):
+    folder, results = trained
+    predictor = Predictor.from_run(folder / "run")
+    with (folder / "run" / "predictions" / f"test-step{results['best_step']}.csv").open(encoding="utf-8") as handle:
+        rows = list(csv.DictReader(handle))
+    dialogues = [row["dialogue"] for row in rows]
+    assert predictor.predict_batch(dialogues, show_progress=False) == [row["prediction"] for row in rows]
+    assert predictor.predict_single(dialogues[0]) == rows[0]["prediction"]
+    frame = pd.DataFrame({"fname": ["b", "a"], "dialogue": dialogues[:2]}, index=[7, 3])
+    predicted = predictor.predict_dataframe(frame, show_progress=False)
+    assert list(predicted.index) == [7, 3] and list(predicted["summary"]) == [row["prediction"] for row in rows[:2]]
+    assert "summary" not in frame.columns
+
+
+def test_predictor_takes_settings_by_name(trained):
+    folder, _ = trained
+    predictor = Predictor.from_run(folder / "run")
+    short = predictor.summarize(["#Person1#: 안녕하세요?"], max_new_tokens=2)
+    assert short[0].tokens <= 2
+    with pytest.raises(EngineError, match="max_new_tokens"):
+        predictor.predict_single("안녕", max_new_token=3)
+    with pytest.raises(EngineError) as caught:
+        predictor.predict_batch(["안녕", ""])
+    assert caught.value.exit_code == 3
+
+
+def test_predictor_refuses_what_it_cannot_read(trained):
+    folder, _ = trained
+    predictor = Predictor.from_run(folder / "run")
+    assert predictor.predict_batch(text for text in ["안녕?"]) == [predictor.predict_single("안녕?")]
+    for dialogues, batch_size in (["\ud800"], 4), ([None], 4), ("안녕", 4), (["안녕"], 0):
+        with pytest.raises(EngineError) as caught:
+            predictor.predict_batch(dialogues, batch_size=batch_size)
+        assert caught.value.exit_code == (3 if batch_size else 2)
+
+
+def test_a_submission_is_checked_before_and_never_lost_after_decoding(trained, tmp_path, monkeypatch):
+    from engine.prediction import summarizer as prediction_summarizer
+
+    folder, _ = trained
+    predictor, target = Predictor.from_run(folder / "run"), tmp_path / "out.csv"
+    frame = pd.DataFrame({"fname": ["a", "b"], "dialogue": ["#Person1#: 안녕?\n#Person2#: 네.", "뭐 해?"]})
+    sample = tmp_path / "sample.csv"
+    sample.write_text("fname,summary\na,x\nc,y\n", encoding="utf-8")
+
+    def decode(self, model, rows, mask):
+        return [prediction_summarizer.Summary(row.index, ["" if row.index else "요약"], [0.0], 1, True) for row in rows]
+
+    monkeypatch.setattr(prediction_summarizer.Summarizer, "_decode", decode)
+    assert list(predictor.create_submission(frame, target, show_progress=False)["summary"]) == ["요약", "뭐 해?"]
+    monkeypatch.setattr(prediction_summarizer.Summarizer, "_decode", lambda *_: pytest.fail("decoded too early"))
+    for wrong, given in ((frame.drop(columns="fname"), None), (frame, sample), (frame.assign(fname="a"), None)):
+        with pytest.raises(EngineError) as caught:
+            predictor.create_submission(wrong, target, sample_submission=given)
+        assert caught.value.exit_code == 3

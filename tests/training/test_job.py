@@ -1,0 +1,117 @@
+"""Between two updates: windows and their counts, the best so far, early stopping."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import runs
+import torch
+
+from engine.data.collate import IGNORE_INDEX, collate_causal
+from engine.data.encode import Feature
+from engine.data.windows import WindowSampler
+from engine.recipe.schema import Recipe
+from engine.training import evaluation, optim
+from engine.training.job import Job, Learner, TrainingRows
+from engine.training.state import TrainerState
+
+
+def learner_of(width: int = 3) -> Learner:
+    model = torch.nn.Linear(width, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    schedule = optim.build_schedule(optimizer, Recipe().training, 10)
+    return Learner(model, optimizer, schedule, torch.amp.GradScaler("cpu", init_scale=8.0))
+
+
+def job_of(rank: int = 0, world_size: int = 1, **sections) -> Job:
+    """A job over five rows of a causal model: one prompt token, then 1 to 5 supervised ones."""
+    features = [Feature([5] + [6] * n, [IGNORE_INDEX] + [6] * n, index=n - 1) for n in range(1, 6)]
+    sampler = WindowSampler(
+        [feature.length for feature in features],
+        micro_batch_size=2,
+        accumulation_steps=1,
+        world_size=world_size,
+        rank=rank,
+        strategy="sequential",
+    )
+    examples = [SimpleNamespace(id=f"row_{i}") for i in range(5)]
+    return Job(
+        recipe=Recipe(**sections),
+        runtime=SimpleNamespace(progress=lambda **settings: None),
+        bundle=SimpleNamespace(collate=lambda rows: collate_causal(rows, pad_token_id=0)),
+        learner=learner_of(),
+        rows=TrainingRows(examples, features, sampler),
+        dev=None,
+        summarizer=None,
+        store=None,
+        tracker=SimpleNamespace(run_dir=None, log_row=lambda row: None),
+        state=TrainerState(),
+    )
+
+
+def test_a_window_counts_the_rows_of_all_ranks():
+    window = job_of(rank=1, world_size=2).load_window(0, 0)
+    assert window.ids == ["row_0", "row_1", "row_2", "row_3"]
+    assert (window.tokens, window.all_tokens) == (1 + 2 + 3 + 4, 2 + 3 + 4 + 5)
+    assert [batch["input_ids"].shape for batch in window.batches] == [(2, 5)]
+
+
+def test_a_rank_without_rows_takes_part_with_a_batch_that_supervises_nothing():
+    window = job_of(rank=1, world_size=2).load_window(0, 1)
+    assert window.ids == ["row_4"] and window.tokens == 5
+    assert [set(batch["labels"].flatten().tolist()) for batch in window.batches] == [{IGNORE_INDEX}]
+
+
+def test_a_learner_gets_its_states_back_and_refuses_those_of_another():
+    first, second = learner_of(), learner_of()
+    first.model(torch.ones(1, 3)).sum().backward()
+    first.optimizer.step()
+    first.schedule.step()
+    second.load_states(SimpleNamespace(**first.states()))
+    assert second.schedule.state_dict() == first.schedule.state_dict()
+    assert second.scaler.get_scale() == 8.0
+    for ours, theirs in zip(second.optimizer.state.values(), first.optimizer.state.values(), strict=True):
+        assert torch.equal(ours["exp_avg"], theirs["exp_avg"])
+    states = first.states()
+    states["optimizer"]["param_groups"][0]["params"].pop()
+    with pytest.raises(ValueError):
+        learner_of().load_states(SimpleNamespace(**states))
+
+
+@pytest.mark.parametrize(
+    ("metric", "values", "best"),
+    [
+        ("rouge_mean", [3.0, 5.0, 5.0, 4.0], 2),  # a tie keeps the earlier one
+        ("loss", [3.0, 2.0, math.nan, 2.5], 2),
+        ("loss", [math.nan, None, 9.0, math.inf], 3),
+        ("loss", [math.nan, None], None),
+    ],
+)
+def test_the_best_evaluation(monkeypatch, metric, values, best):
+    job = job_of(evaluation={"metric": metric})
+    job.dev, job.runtime.is_main = SimpleNamespace(name="dev"), False
+    for step, value in enumerate(values, start=1):
+        scores = evaluation.Scores({"loss": 1.0, "seconds": 0.5} | {metric: value}, [])
+        if value is None:
+            del scores.metrics[metric]
+        monkeypatch.setattr(evaluation, "evaluate", lambda *arguments, scores=scores: scores)
+        monkeypatch.setattr("engine.training.nonfinite.check_evaluation", lambda *arguments: None)
+        monkeypatch.setattr(job, "_log_evaluation", lambda scores: None)
+        job.state.step = step
+        job.evaluate()
+    assert job.state.best_step == best and job.state.evaluated_step == len(values)
+
+
+def test_early_stopping_and_best_by_loss(tmp_path):
+    recipe = runs.write_recipe(
+        tmp_path,
+        training__num_train_epochs=20,
+        training__learning_rate=1e-12,  # nothing changes: no evaluation is better than the first
+        training__early_stopping_patience=2,
+        evaluation__metric="loss",
+    )
+    results = runs.train(recipe)
+    assert results["best_step"] == 6 and results["last_step"] == 18
+    assert "no better loss in 2 evaluations" in results["stop_reason"]

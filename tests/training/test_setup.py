@@ -1,0 +1,45 @@
+"""Setting a run up: the dry run, and what a resume fills."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import runs
+import tiny
+
+from engine.errors import EngineError
+from engine.recipe.schema import Recipe
+from engine.training import setup
+
+ALONE = SimpleNamespace(together=lambda what: nullcontext())
+
+
+def test_dry_run_writes_nothing(tmp_path):
+    recipe = runs.write_recipe(tmp_path)
+    done = runs.launch("engine/train.py", recipe, "--dry-run")
+    assert done.returncode == 0, done.stderr[-2000:]
+    for word in ("updates: 6", "parameters", "first batch"):
+        assert word in done.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_needs_something_to_train_on():
+    with pytest.raises(EngineError, match=r"E2\.21"):
+        setup.read_splits(Recipe(), ALONE)
+
+
+def test_only_the_files_that_the_run_uses_are_read(tmp_path):
+    data = {"train_file": str(tiny.write_rows(tmp_path / "train.jsonl", 5)), "validation_file": "nowhere.csv"}
+    splits = setup.read_splits(Recipe(data=data, evaluation={"strategy": "no"}), ALONE)
+    assert (len(splits.train), splits.dev, splits.test) == (5, [], [])
+    with pytest.raises(EngineError, match=r"nowhere\.csv"):
+        setup.read_splits(Recipe(data=data), ALONE)
+
+
+def test_validation_dialogues_must_not_be_training_dialogues(tmp_path):
+    files = {f"{name}_file": str(tiny.write_rows(tmp_path / f"{name}.jsonl", 5)) for name in ("train", "validation")}
+    with pytest.raises(EngineError, match=r"E3\.7"):
+        setup.read_splits(Recipe(data=files), ALONE)
+    assert len(setup.read_splits(Recipe(data=files | {"allow_overlap": True}), ALONE).dev) == 5

@@ -1,0 +1,28 @@
+"""What the loop counts, and that a checkpoint gives it back."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from engine.training.state import TrainerState, Update, Window
+
+
+def test_skipped_windows_use_up_data_but_are_no_steps():
+    state = TrainerState()
+    window = Window([], 1, 1, [])
+    for applied in (True, False, True):
+        state.advance(window, Update(1.0, 1.0, 0.1, applied), updates_per_epoch=2)
+    assert (state.step, state.epoch, state.window, state.skipped, state.skipped_in_a_row) == (2, 1, 1, 1, 0)
+
+
+def test_a_checkpoint_gives_the_counts_back_to_the_bit():
+    state = TrainerState(step=3, best_value=0.1 + 0.2, interval_all_tokens=7, stop_reason="done")
+    assert TrainerState.from_dict(json.loads(json.dumps(state.to_dict()))) == state
+
+
+def test_counts_under_a_former_name_are_read_and_unknown_ones_refused():
+    assert TrainerState.from_dict({"step": 3, "interval_cells": 7}) == TrainerState(step=3, interval_all_tokens=7)
+    with pytest.raises(TypeError, match="colour"):
+        TrainerState.from_dict({"step": 3, "colour": "red"})

@@ -1,0 +1,73 @@
+"""The trackers show the rows of metrics.jsonl."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import runs
+
+from engine.recipe.schema import Recipe
+from engine.training.tracking import Tracker, read_rows, strict_json, write_predictions
+
+
+def test_tensorboard_holds_the_rows(trained):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder, _ = trained
+    events = EventAccumulator(str(folder / "run" / "tensorboard")).Reload()
+    tags = events.Tags()
+    assert {"train/loss", "train/learning_rate", "train/grad_norm", "train/tokens_per_second"} <= set(tags["scalars"])
+    assert {"eval/loss", "eval/rouge1", "eval/rouge_sum", "train/peak_memory_gib"} <= set(tags["scalars"])
+    assert "eval/samples/text_summary" in tags["tensors"]
+    rows = {row["step"]: row["loss"] for row in runs.rows_of(folder / "run")}
+    shown = {event.step: event.value for event in events.Scalars("train/loss")}
+    assert shown == pytest.approx(rows, rel=1e-6)
+
+
+def test_wandb_offline_gets_the_same_rows(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    runs.train(runs.write_recipe(tmp_path, tracking__report_to=["wandb"]))
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))
+
+
+def test_numbers_that_json_lacks_become_null_and_are_listed():
+    assert json.loads(strict_json({"step": 1, "loss": math.nan, "seconds": math.inf, "rouge1": 2.0})) == {
+        "step": 1, "loss": None, "seconds": None, "rouge1": 2.0, "non_finite": ["loss", "seconds"]
+    }  # fmt: skip
+
+
+def test_rows_are_read_up_to_what_a_crash_cut_short(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert read_rows(path) == []
+    path.write_text('{"split": "train", "step": 1}\nno JSON\n{"step": 2}\n{"split": "dev", "step": 3}\n{"split": "tr')
+    assert read_rows(path) == [{"split": "train", "step": 1}, {"split": "dev", "step": 3}]
+
+
+def test_rows_go_to_the_file_and_their_scalars_to_the_trackers(tmp_path):
+    shown = []
+    accelerator = SimpleNamespace(
+        is_main_process=True,
+        init_trackers=lambda *names, **settings: None,
+        log=lambda scalars, step: shown.append((step, scalars)),
+    )
+    tracker = Tracker(tmp_path, accelerator, Recipe(tracking={"report_to": []}))
+    written = [
+        {"split": "train", "step": 1, "loss": 2.0, "sample_ids_sha256": "0"},
+        {"split": "dev", "step": 1, "loss": math.nan, "rouge1": 5.0, "rouge_tokenizer": "char"},
+    ]
+    for row in written:
+        tracker.log_row(row)
+    assert shown == [(1, {"train/loss": 2.0}), (1, {"eval/rouge1": 5.0})]
+    assert read_rows(tmp_path / "metrics.jsonl") == [written[0], written[1] | {"loss": None, "non_finite": ["loss"]}]
+
+
+def test_predictions_keep_newlines_and_quotes(tmp_path):
+    rows = [{"id": "a", "dialogue": '#Person1#: "네"\n#Person2#: 응', "reference": "가\n나", "prediction": ""}]
+    write_predictions(tmp_path / "predictions" / "dev-step1.csv", rows)
+    with (tmp_path / "predictions" / "dev-step1.csv").open(encoding="utf-8", newline="") as handle:
+        assert list(csv.DictReader(handle)) == rows
