@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from engine import families
 from engine.errors import EngineError
 from engine.models.hub import first_line, weight_names
 
@@ -28,16 +29,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("engine.models")
 
-_GATED = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-_BART = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
-_T5 = ["q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo"]
-TARGET_MODULES = {
-    **dict.fromkeys(["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "exaone4"], _GATED),
-    **dict.fromkeys(["bart", "mbart", "pegasus", "m2m_100"], _BART),
-    **dict.fromkeys(["t5", "mt5", "umt5"], _T5),
-    "gpt_neox": ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"],
-    "gpt2": ["c_attn", "c_proj", "c_fc"],
-}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _LAYERNORM_BIAS = 2  # parameters with fewer dimensions are biases and norms
 
@@ -123,9 +114,10 @@ def target_modules(setting: list[str] | str, model: nn.Module) -> list[str] | st
     model_type = model.config.model_type
     linears = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if hasattr(module, "weight")}
     if setting == "auto":
-        if model_type not in TARGET_MODULES:
+        targets = [name for name in families.of(model_type).lora_targets if name in linears]
+        if not targets:
             raise _no_targets(f"lora.target_modules: auto has no list for model type {model_type!r}", linears)
-        return [name for name in TARGET_MODULES[model_type] if name in linears]
+        return targets
     paths = [name for name, _ in model.named_modules()]
     missing = [name for name in setting if not any(path == name or path.endswith(f".{name}") for path in paths)]
     if missing:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from engine import families
 from engine.models import adapters, build, configuration, hub, tokenization, weights
 
 if TYPE_CHECKING:
@@ -27,14 +28,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("engine.memory")
 
-_LAYER_KEYS = {  # of a configuration: how deep the model is, one key per stack of layers
-    "t5": ("num_layers", "num_decoder_layers"),
-    "mt5": ("num_layers", "num_decoder_layers"),
-    "umt5": ("num_layers", "num_decoder_layers"),
-    "bart": ("encoder_layers", "decoder_layers"),
-    "mbart": ("encoder_layers", "decoder_layers"),
-    "pegasus": ("encoder_layers", "decoder_layers"),
-}
 _QUANT_BLOCK, _SCALE_BLOCK = 64, 256  # bitsandbytes: weights per scale, scales per scale of scales
 _OPTIMIZER_BLOCK, _OPTIMIZER_MIN = 256, 4096  # bitsandbytes: 8-bit states of a block; smaller tensors keep 32 bits
 _PARTS = (
@@ -265,20 +258,16 @@ def _cache_bytes(config: PreTrainedConfig, shape: dict[str, int], precision: str
     heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", 1)
     size = getattr(config, "head_dim", None) or getattr(config, "d_kv", None)
     hidden = heads * (size or config.hidden_size // config.num_attention_heads)
-    layers = getattr(config, _layer_keys(config)[-1])
+    layers = getattr(config, families.of(config.model_type).depths[-1])
     slots = shape["source"] + shape["beams"] * shape["new_tokens"]
     return 2 * layers * shape["decoded_examples"] * slots * hidden * width
-
-
-def _layer_keys(config: PreTrainedConfig) -> tuple[str, ...]:
-    return _LAYER_KEYS.get(config.model_type, ("num_hidden_layers",))
 
 
 def _activations(
     config: PreTrainedConfig, recipe: Recipe, precision: str, new_tokens: int, shape: dict[str, int]
 ) -> int:
     """Bytes that autograd keeps for the backward pass; with checkpointing, layer inputs and one layer's activations."""
-    keys = _layer_keys(config)
+    keys = families.of(config.model_type).depths
     depths = [getattr(config, key) for key in keys]
     attention = recipe.model.attn_implementation
 
