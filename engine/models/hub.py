@@ -15,7 +15,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.checkpoints.manifest import PICKLES
 from engine.errors import EngineError
+from engine.runtime import atomic
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
@@ -24,11 +26,8 @@ _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 _HUB_SKIPPED = ["*/*", "consolidated*", "*.msgpack.index.json"]  # subfolders hold other formats of the same weights
 _HUB_TIMEOUT = 8  # seconds until the hub counts as unreachable
 _SAMPLES, _SAMPLE_BYTES = 64, 65536  # of each weight file: enough to tell two trainings apart, quick for 16 GB
-_PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
 _ADAPTER_TASKS = {None, "CAUSAL_LM", "SEQ_2_SEQ_LM"}
-_MAX_JSON_BYTES = 64 * 2**20
 
-NOTHING_LOADED = "nothing was loaded"
 BASE_FILE = "base_model.json"  # beside an adapter: which model it belongs to
 
 
@@ -45,17 +44,21 @@ class BaseIdentity:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Source:
+    """A model as it was named, and the checked folder it was found in; None where it is built from a recipe alone."""
+
+    name: str
+    revision: str | None
+    folder: Path | None
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a model folder; anything else is exit 4 with the file's name."""
     try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise ValueError(f"larger than {_MAX_JSON_BYTES >> 20} MiB")
-        value = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(value, dict):
-            raise ValueError("not a JSON object")
+        return atomic.read_json(path, strict=False)  # Mamba's configurations hold Infinity
     except (OSError, ValueError, RecursionError) as error:
         raise EngineError("E4.9", f"unreadable model file: {error}", str(path), "download it again") from error
-    return value
 
 
 def first_line(error: Exception) -> str:
@@ -130,7 +133,7 @@ def _unavailable(name: str, revision: str | None, error: Exception) -> EngineErr
             f"the download could not be stored: {error}",
             where,
             "free space or set HF_HOME",
-            safe=NOTHING_LOADED,
+            safe="nothing was loaded",
         )
     return EngineError(
         "E4.1",
@@ -187,7 +190,7 @@ def _check_weights(folder: Path) -> None:
             raise EngineError(
                 "E4.4", "a weight file is a link that leaves the model folder", str(shard), "copy the file in"
             )
-    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLE_SUFFIXES)
+    pickles = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in PICKLES)
     if not shards:
         what = "the folder holds no weights (*.safetensors)"
         if pickles:
@@ -254,12 +257,12 @@ def config_hash(config: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def identify(name: str, revision: str | None, folder: Path) -> BaseIdentity:
-    """Identity of the model in `folder`. A hub download without a revision is known by the commit it resolved to."""
-    commit = folder.resolve().name
-    if revision is None and folder.resolve().parent.name == "snapshots" and _COMMIT.fullmatch(commit):
-        revision = commit
-    return BaseIdentity(name, revision, config_hash(read_json(folder / "config.json")), weights_hash(folder))
+def identify(source: Source) -> BaseIdentity:
+    """Identity of a model in a folder. A hub download without a revision is known by the commit it resolved to."""
+    revision, folder = source.revision, source.folder.resolve()
+    if revision is None and folder.parent.name == "snapshots" and _COMMIT.fullmatch(folder.name):
+        revision = folder.name
+    return BaseIdentity(source.name, revision, config_hash(read_json(folder / "config.json")), weights_hash(folder))
 
 
 def weights_hash(folder: Path) -> str | None:
@@ -296,44 +299,62 @@ def _stored(folder: Path) -> Iterator[tuple[str, str, int]]:
     for shard in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(shard, framework="pt") as file:
-                for key in file.keys():
-                    part = file.get_slice(key)
-                    yield key, part.get_dtype(), math.prod(part.get_shape())
+                parts = {key: file.get_slice(key) for key in file.keys()}
+                yield from ((key, part.get_dtype(), math.prod(part.get_shape())) for key, part in parts.items())
         except (OSError, SafetensorError) as error:
             what = f"unreadable weight file: {first_line(error)}"
             raise EngineError("E4.8", what, str(shard), "download it again") from error
 
 
-def trained_on_4_bits(adapter: Path) -> bool:
-    """Whether the adapter's base was quantised while it was trained."""
-    return (adapter / BASE_FILE).is_file() and bool(read_json(adapter / BASE_FILE).get("quantization"))
+# Bases of adapters
 
 
-def base_of_adapter(adapter: Path) -> tuple[str, str | None]:
-    """(name, revision) of the base an adapter was trained on: our own record first, then peft's."""
-    record = read_json(adapter / BASE_FILE) if (adapter / BASE_FILE).is_file() else {}
+def base_record(adapter: Path) -> dict[str, Any]:
+    """Our own record of an adapter's base: its identity and `quantization`; empty beside an adapter made elsewhere."""
+    return read_json(adapter / BASE_FILE) if (adapter / BASE_FILE).is_file() else {}
+
+
+def resolve_base(
+    adapter: Path, name: str | None = None, *, trust_remote_code: bool = False, weights: bool = True
+) -> Source:
+    """The base of a checked adapter folder, found and held against the hashes that were kept with the adapter.
+
+    Args:
+        name: a base to take in place of the one that the adapter names.
+
+    Raises:
+        EngineError: E4.11 where the adapter names no base, or was trained on another one.
+    """
+    revision = None
+    if name is None:
+        name, revision = _base_of_adapter(adapter)
+    folder = resolve(name, revision=revision, trust_remote_code=trust_remote_code, weights=weights)
+    source = Source(name, revision, folder)
+    if weights:
+        _check_base(adapter, source)
+    return source
+
+
+def _base_of_adapter(adapter: Path) -> tuple[str, str | None]:
+    """(name, revision) of the base an adapter was trained on: peft's record first, then our own."""
+    recorded = base_record(adapter).get("name")
     config = check_adapter_config(adapter)
-    name = config.get("base_model_name_or_path") or record.get("name")
+    name = config.get("base_model_name_or_path") or recorded
     if not name:
         raise EngineError("E4.11", "the adapter does not say which base it belongs to", str(adapter), "name the base")
-    recorded = record.get("name")
     if recorded and not Path(name).is_dir() and Path(recorded).is_dir():
         name = recorded  # the folder was moved together with the project: its relative name still holds
     return name, config.get("revision")
 
 
-def check_base(adapter: Path, base_folder: Path) -> None:
-    """The base is the one that the adapter was trained on, by the hashes kept with the adapter."""
-    if not (adapter / BASE_FILE).is_file():
-        return
-    wanted = read_json(adapter / BASE_FILE)
-    found = identify(str(wanted.get("name")), None, base_folder)
+def _check_base(adapter: Path, source: Source) -> None:
+    wanted = base_record(adapter)
+    found = identify(source).to_dict() if wanted else {}
     for key in ("config_sha256", "weights_sha256"):
-        expected = wanted.get(key)
-        if expected is not None and expected != getattr(found, key):
+        if wanted.get(key) is not None and wanted[key] != found[key]:
             raise EngineError(
                 "E4.11",
                 f"the adapter was trained on another model than this one ({key} differs)",
-                f"{adapter} on {base_folder}",
+                f"{adapter} on {source.folder}",
                 f"give it the base it was trained on: {wanted.get('name')}",
             )

@@ -11,15 +11,13 @@ import copy
 import logging
 import math
 import os
-import resource
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from engine import families
-from engine.models import adapters, build, configuration, hub, tokenization, weights
+from engine.models import adapters, configuration, hub, tokenization, weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -57,7 +55,7 @@ def estimate(
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if precision is None:
         wanted = recipe.training.precision
-        precision = build.default_precision(device) if wanted == "auto" else wanted
+        precision = weights.default_precision(device) if wanted == "auto" else wanted
     config, new_tokens = _config(recipe)
     model = _hollow_model(config, recipe, precision, new_tokens)
     shape = _shape(recipe, config)
@@ -115,19 +113,6 @@ def device_bytes(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def measured_peak(device: torch.device) -> float:
-    """GiB that this process has held at most: of the GPU where it uses one, else of resident memory.
-
-    `getrusage` answers for the parent of a forked process as well, so Linux's own count of this process is asked first.
-    """
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    status = Path("/proc/self/status")
-    lines = status.read_text(encoding="utf-8").splitlines() if status.exists() else []
-    fallback = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return next((int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), fallback) / 2**20
-
-
 def _size(count: int) -> str:
     return f"{count / 2**30:8.2f} GiB" if count >= 2**29 else f"{count / 2**20:8.1f} MiB"
 
@@ -142,33 +127,24 @@ def _config(recipe: Recipe) -> tuple[PreTrainedConfig, int]:
     if settings.name_or_path is not None:
         folder = hub.resolve(settings.name_or_path, revision=settings.revision, weights=False)
         if hub.is_adapter(folder):
-            name, revision = hub.base_of_adapter(folder)
-            folder = hub.resolve(name, revision=revision, weights=False)
+            folder = hub.resolve_base(folder, weights=False).folder
     config = configuration.load_config(settings, folder)
     if settings.init == "random":
         if recipe.tokenizer.name_or_path is None and folder is None:
             config.vocab_size = recipe.tokenizer.train_vocab_size or tokenization.DEFAULT_VOCABULARY
         return config, 0
-    new = _new_tokens(recipe.tokenizer.name_or_path, folder, added)
-    if new and folder is not None:
-        config.vocab_size = max(config.vocab_size, _vocabulary(recipe.tokenizer.name_or_path, folder) + new)
+    if folder is None:
+        return config, len(added)
+    name = recipe.tokenizer.name_or_path
+    where = folder if name is None else hub.resolve(name, weights=False)
+    if not tokenization.has_tokenizer(where):
+        return config, len(added)
+    tokenizer = tokenization.load_tokenizer(where)
+    known = tokenizer.get_vocab()
+    new = sum(token not in known for token in added)
+    if new:
+        config.vocab_size = max(config.vocab_size, len(tokenizer) + new)
     return config, new
-
-
-def _tokenizer_folder(name: str | None, folder: Path) -> Path:
-    return hub.resolve(name, weights=False) if name is not None else folder
-
-
-def _new_tokens(name: str | None, folder: Path | None, added: list[str]) -> int:
-    if folder is None or not tokenization.has_tokenizer(where := _tokenizer_folder(name, folder)):
-        return len(added)
-    known = tokenization.load_tokenizer(where).get_vocab()
-    return sum(token not in known for token in added)
-
-
-def _vocabulary(name: str | None, folder: Path) -> int:
-    where = _tokenizer_folder(name, folder)
-    return len(tokenization.load_tokenizer(where)) if tokenization.has_tokenizer(where) else 0
 
 
 def _hollow_model(config: PreTrainedConfig, recipe: Recipe, precision: str, new_tokens: int) -> nn.Module:
@@ -325,17 +301,15 @@ def saved_bytes(model: nn.Module, shape: dict[str, int], precision: str) -> int:
 
 def _give_shapes(model: nn.Module) -> None:
     """Move meta weights into the current FakeTensorMode, where they act as tensors of a real device."""
-    moved: dict[int, Any] = {}
-    for module in model.modules():
-        for store in (module._parameters, module._buffers):
-            for name, tensor in store.items():
-                if tensor is None:
-                    continue
-                if id(tensor) not in moved:
-                    empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-                    is_weight = isinstance(tensor, nn.Parameter)
-                    moved[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_weight else empty
-                store[name] = moved[id(tensor)]
+    moved: dict[int, Tensor] = {}  # tied weights stay one tensor
+    stores = [store for module in model.modules() for store in (module._parameters, module._buffers)]
+    for names, name in [(names, name) for names in stores for name in names]:
+        tensor = names[name]
+        if tensor is not None and id(tensor) not in moved:
+            empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+            is_weight = isinstance(tensor, nn.Parameter)
+            moved[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_weight else empty
+        names[name] = None if tensor is None else moved[id(tensor)]
 
 
 def _inputs(model: nn.Module, shape: dict[str, int]) -> dict[str, Tensor]:

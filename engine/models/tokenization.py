@@ -84,10 +84,15 @@ def _training_texts(recipe: Recipe) -> Iterator[str]:
         yield example.references[0]
 
 
-def spellings_of_new_tokens(tokenizer: PreTrainedTokenizerFast, added_tokens: Sequence[str]) -> dict[str, list[int]]:
-    """Each token that is missing from the vocabulary -> ids of the pieces it has been spelled with until now."""
+def with_added_tokens(
+    tokenizer: PreTrainedTokenizerFast, tokens: Sequence[str], model_type: str
+) -> tuple[PreTrainedTokenizerFast, dict[int, list[int]]]:
+    """The tokenizer prepared for training with `tokens` in it, and for each new id the ids that it was spelled with."""
     known = tokenizer.get_vocab()
-    return {token: tokenizer.encode(token, add_special_tokens=False) for token in added_tokens if token not in known}
+    spelled = {token: tokenizer.encode(token, add_special_tokens=False) for token in tokens if token not in known}
+    name = tokenizer.name_or_path or "trained here"
+    tokenizer = prepare(tokenizer, tokens, name=name, model_type=model_type)
+    return tokenizer, {tokenizer.convert_tokens_to_ids(token): ids for token, ids in spelled.items()}
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerFast:
@@ -302,57 +307,51 @@ def train_tokenizer(
         causal: begin each text with `<s>`; otherwise end each source with `</s>`.
 
     Raises:
-        EngineError: E3.33 where there is no text to train on.
+        EngineError: E3.33 where there is no text to train on, E2.55 where the vocabulary is too small for it.
     """
-    import sentencepiece
-
     sentences = _training_sentences(texts, added_tokens)
     if not sentences:
         raise EngineError("E3.33", "no text to train a tokenizer on", "data.train_file", "check the file")
     wanted = (vocabulary_size or DEFAULT_VOCABULARY) - len(added_tokens) - 1  # and the newline
-    characters = len(set("".join(sentences)))
+    too_small = f"tokenizer.train_vocab_size={vocabulary_size} is too small"
     if wanted < len(SPECIAL_TOKENS) + _BYTES + 1:
-        raise EngineError(
-            "E2.55",
-            f"tokenizer.train_vocab_size={vocabulary_size} is too small: bytes, special and added tokens alone take "
-            f"{len(SPECIAL_TOKENS) + _BYTES + len(added_tokens) + 2}",
-            "recipe",
-            "raise it",
-        )
-    model = io.BytesIO()
+        least = len(SPECIAL_TOKENS) + _BYTES + len(added_tokens) + 2
+        what = f"{too_small}: bytes, special and added tokens alone take {least}"
+        raise EngineError("E2.55", what, "recipe", "raise it")
+    characters = len(set("".join(sentences)))
+    # Cover all characters where there is room, else the frequent ones; the rest is spelled in bytes.
+    coverage = 1.0 if characters < (wanted - _BYTES) // 2 else 0.9995
     try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(sentences),
-            model_writer=model,
-            model_type=kind,
-            vocab_size=wanted,
-            # Cover all characters where there is room, else the frequent ones; the rest is spelled in bytes.
-            character_coverage=1.0 if characters < (wanted - _BYTES) // 2 else 0.9995,
-            byte_fallback=True,
-            hard_vocab_limit=False,
-            normalization_rule_name="identity",  # done by the fast tokenizer's own normaliser and by _training_sentences
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            max_sentence_length=65536,
-            num_threads=1,  # more threads add up frequencies in another order
-            pad_id=0,
-            unk_id=1,
-            bos_id=2,
-            eos_id=3,
-            pad_piece="<pad>",
-            unk_piece="<unk>",
-            bos_piece="<s>",
-            eos_piece="</s>",
-            minloglevel=2,
-        )
+        model = _train_pieces(sentences, kind, wanted, coverage)
     except RuntimeError as error:  # its only word on a vocabulary without room for the characters
-        raise EngineError(
-            "E2.55",
-            f"tokenizer.train_vocab_size={vocabulary_size} is too small for the {characters} characters of the texts",
-            "recipe",
-            "raise it",
-        ) from error
-    return _fast_tokenizer(model.getvalue(), kind, added_tokens, causal)
+        what = f"{too_small} for the {characters} characters of the texts"
+        raise EngineError("E2.55", what, "recipe", "raise it") from error
+    return _fast_tokenizer(model, kind, added_tokens, causal)
+
+
+def _train_pieces(sentences: list[str], kind: str, size: int, coverage: float) -> bytes:
+    """A SentencePiece model of `size` pieces. Raises: RuntimeError where they are too few for the characters."""
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences),
+        model_writer=model,
+        model_type=kind,
+        vocab_size=size,
+        character_coverage=coverage,
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        normalization_rule_name="identity",  # done by the fast tokenizer's own normaliser and by _training_sentences
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        max_sentence_length=65536,
+        num_threads=1,  # more threads add up frequencies in another order
+        minloglevel=2,
+        **{f"{name}_id": place for place, name in enumerate(("pad", "unk", "bos", "eos"))},
+        **{f"{name}_piece": SPECIAL_TOKENS[f"{name}_token"] for name in ("pad", "unk", "bos", "eos")},
+    )
+    return model.getvalue()
 
 
 def _training_sentences(texts: Iterable[str], added_tokens: Sequence[str]) -> list[str]:

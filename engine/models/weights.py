@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import EngineError
+from engine.generation.modelstate import bare
 from engine.models import adapters, hub
 from engine.models.hub import first_line
 
@@ -149,21 +152,14 @@ def recompute_activations(model: nn.Module, *, frozen_embeddings: bool) -> None:
         model.enable_input_require_grads()
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model without DistributedDataParallel and torch.compile around it."""
-    while hasattr(model, "module") or hasattr(model, "_orig_mod"):
-        model = model.module if hasattr(model, "module") else model._orig_mod
-    return model
-
-
 def is_adapted(model: nn.Module) -> bool:
-    return hasattr(unwrap(model), "peft_config")
+    return hasattr(bare(model), "peft_config")
 
 
 def trainable_state(model: nn.Module) -> dict[str, Tensor]:
     """All weights that training changes, by name: the whole model, or the adapter without its base."""
-    bare = unwrap(model)
-    return adapters.adapter_tensors(bare) if is_adapted(bare) else dict(bare.state_dict())
+    model = bare(model)
+    return adapters.adapter_tensors(model) if is_adapted(model) else dict(model.state_dict())
 
 
 @torch.no_grad()
@@ -175,13 +171,13 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
     """
     from safetensors.torch import load_file
 
-    bare, folder = unwrap(model), Path(folder)
+    model, folder = bare(model), Path(folder)
     hub.check_folder(folder)
     stored: dict[str, Tensor] = {}
-    pattern = "adapter_model*.safetensors" if is_adapted(bare) else "model*.safetensors"
+    pattern = "adapter_model*.safetensors" if is_adapted(model) else "model*.safetensors"
     for path in sorted(folder.glob(pattern)):
         stored |= load_file(path)
-    own = trainable_state(bare)
+    own = trainable_state(model)
     tied = _tied_names(own)
     missing = [name for name in own if name not in stored and not tied[name] & stored.keys()]
     unexpected = [name for name in stored if name not in own]
@@ -208,3 +204,34 @@ def _tied_names(tensors: dict[str, Tensor]) -> dict[str, set[str]]:
     for name, tensor in tensors.items():
         by_memory.setdefault((tensor.data_ptr(), tensor.shape, tensor.device), set()).add(name)
     return {name: by_memory[(tensor.data_ptr(), tensor.shape, tensor.device)] for name, tensor in tensors.items()}
+
+
+def default_precision(device: torch.device) -> str:
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if bf16 else "fp32"
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Random weights by `seed` on every rank, with the caller's random stream untouched."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """transformers' advice and bars while loading are not for users of this program; its errors stay."""
+    from transformers.utils import logging as hf_logging
+
+    level = hf_logging.get_verbosity()
+    bars = hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if bars:
+            hf_logging.enable_progress_bar()

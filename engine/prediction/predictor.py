@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from engine.data.encode import Feature
-    from engine.models.build import ModelBundle
+    from engine.models.bundle import ModelBundle
     from engine.prediction.summarizer import Summarizer, Summary
     from engine.recipe.schema import Generation, Recipe
 
@@ -59,12 +59,12 @@ class Predictor:
         """
         import torch
 
-        from engine.models import build
+        from engine.models.load import load_trained
 
         folder = model_folder(Path(path))
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        bundle = build.load_trained(folder, device=torch.device(device), precision=precision, base=base)
+        bundle = load_trained(folder, device=torch.device(device), precision=precision, base=base)
         return cls(bundle, recipe_of(folder))
 
     def override(self, recipe: Recipe) -> None:

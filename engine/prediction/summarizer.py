@@ -24,7 +24,7 @@ from engine.prediction.postprocess import postprocess
 
 if TYPE_CHECKING:
     from engine.data.encode import Feature, TextEncoder
-    from engine.models.build import ModelBundle
+    from engine.models.bundle import ModelBundle
     from engine.recipe.schema import Generation
 
 _PLANNED = 1 << 62  # the batch is planned here already; generate_all has nothing to cut
