@@ -302,14 +302,17 @@ def saved_bytes(model: nn.Module, shape: dict[str, int], precision: str) -> int:
 def _give_shapes(model: nn.Module) -> None:
     """Move meta weights into the current FakeTensorMode, where they act as tensors of a real device."""
     moved: dict[int, Tensor] = {}  # tied weights stay one tensor
-    stores = [store for module in model.modules() for store in (module._parameters, module._buffers)]
-    for names, name in [(names, name) for names in stores for name in names]:
-        tensor = names[name]
-        if tensor is not None and id(tensor) not in moved:
-            empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-            is_weight = isinstance(tensor, nn.Parameter)
-            moved[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_weight else empty
-        names[name] = None if tensor is None else moved[id(tensor)]
+    for module in model.modules():
+        for store in (module._parameters, module._buffers):
+            store |= {name: _shaped(tensor, moved) for name, tensor in store.items() if tensor is not None}
+
+
+def _shaped(tensor: Tensor, moved: dict[int, Tensor]) -> Tensor:
+    """An empty tensor like `tensor`: the one in `moved` if that has met it before."""
+    if id(tensor) not in moved:
+        empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+        moved[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+    return moved[id(tensor)]
 
 
 def _inputs(model: nn.Module, shape: dict[str, int]) -> dict[str, Tensor]:
