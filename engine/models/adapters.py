@@ -10,6 +10,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,9 +31,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("engine.models")
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_LAYERNORM_BIAS = 2  # parameters with fewer dimensions are biases and norms
-
-
 # On CPUs bitsandbytes advises an add-on that downloads compiled code; it is not wanted here.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
@@ -41,12 +39,9 @@ def enabled(recipe: Recipe) -> bool:
     """Whether the recipe trains adapters: `lora.enabled`, or where that is open, with a 4-bit base."""
     wanted = recipe.lora.enabled
     if wanted is False and recipe.quantization.load_in_4bit:
-        raise EngineError(
-            "E2.56",
-            "a 4-bit base cannot be trained itself",
-            "lora.enabled=false with quantization.load_in_4bit=true",
-            "set lora.enabled=true or quantization.load_in_4bit=false",
-        )
+        what = "a 4-bit base cannot be trained itself"
+        advice = "set lora.enabled=true or quantization.load_in_4bit=false"
+        raise EngineError("E2.56", what, "lora.enabled=false with quantization.load_in_4bit=true", advice)
     return recipe.quantization.load_in_4bit if wanted is None else wanted
 
 
@@ -72,12 +67,9 @@ def quantization_config(settings: Quantization, precision: str, device: torch.de
     try:
         import bitsandbytes  # noqa: F401
     except Exception as error:  # a missing CUDA library shows as OSError or RuntimeError
-        raise EngineError(
-            "E4.13",
-            f"bitsandbytes cannot be used: {error}",
-            "quantization.load_in_4bit",
-            "install bitsandbytes for this machine, or set quantization.load_in_4bit=false",
-        ) from error
+        what = f"bitsandbytes cannot be used: {error}"
+        advice = "install bitsandbytes for this machine, or set quantization.load_in_4bit=false"
+        raise EngineError("E4.13", what, "quantization.load_in_4bit", advice) from error
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
@@ -142,9 +134,7 @@ def attach(
     """
     from peft import LoraConfig, get_peft_model
 
-    model.requires_grad_(False)
-    if is_4bit(model):
-        _quiet_kbit_input_gradients(model)
+    _freeze(model)
     config = LoraConfig(
         r=settings.r,
         lora_alpha=settings.alpha,
@@ -190,9 +180,10 @@ def finish(model: PeftModel, *, train_rows: bool = True, trainable: bool = True)
     return model
 
 
-def _quiet_kbit_input_gradients(model: nn.Module) -> None:
-    """Recomputed blocks need an input that requires gradients; frozen embeddings would give none."""
-    model.enable_input_require_grads()
+def _freeze(model: nn.Module) -> None:
+    model.requires_grad_(False)
+    if is_4bit(model):
+        model.enable_input_require_grads()  # recomputed blocks need an input with a gradient; embeddings now give none
 
 
 def _token_rows(model: nn.Module, ids: Sequence[int]) -> dict[str, list[int]] | None:
@@ -255,16 +246,11 @@ def make_token_rows_cheap(model: nn.Module) -> None:
             module.__class__ = _cheap_class()
 
 
+@cache
 def _cheap_class() -> type:
-    global _CHEAP
-    if _CHEAP is None:
-        from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
+    from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 
-        _CHEAP = type("CheapTrainableTokensLayer", (CheapTokenRows, TrainableTokensLayer), {})
-    return _CHEAP
-
-
-_CHEAP: type | None = None
+    return type("CheapTrainableTokensLayer", (CheapTokenRows, TrainableTokensLayer), {})
 
 
 def load(model: nn.Module, folder: Path, *, trainable: bool) -> PeftModel:
@@ -276,9 +262,7 @@ def load(model: nn.Module, folder: Path, *, trainable: bool) -> PeftModel:
     from peft import PeftModel
 
     if trainable:
-        model.requires_grad_(False)
-        if is_4bit(model):
-            _quiet_kbit_input_gradients(model)
+        _freeze(model)
     stored = weight_names(folder)
     try:
         with _quiet_peft():
@@ -327,8 +311,7 @@ def loraplus_groups(
     groups = []
     for group in helper.param_groups:
         for decayed in (True, False):
-            members = [p for p in group["params"] if (p.ndim >= _LAYERNORM_BIAS) == decayed]
-            if members:
-                decay = group["weight_decay"] if decayed else 0.0
-                groups.append({"params": members, "lr": group["lr"], "weight_decay": decay})
-    return groups
+            members = [p for p in group["params"] if (p.ndim >= 2) == decayed]  # biases and norms have one dimension
+            decay = group["weight_decay"] if decayed else 0.0
+            groups.append({"params": members, "lr": group["lr"], "weight_decay": decay})
+    return [group for group in groups if group["params"]]

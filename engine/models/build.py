@@ -75,12 +75,9 @@ def _sources(recipe: Recipe, lora: bool) -> tuple[Source, Path | None]:
     settings = recipe.model
     if settings.name_or_path is None:
         if settings.init == "pretrained" or not (settings.config or {}).get("model_type"):
-            raise EngineError(
-                "E2.58",
-                "no model: name_or_path is empty and config has no model_type",
-                "model",
-                "set model.name_or_path, or model.init=random with model.config.model_type",
-            )
+            what = "no model: name_or_path is empty and config has no model_type"
+            advice = "set model.name_or_path, or model.init=random with model.config.model_type"
+            raise EngineError("E2.58", what, "model", advice)
         return Source(f"random {settings.config['model_type']}", settings.revision, None), None
     trusted = settings.trust_remote_code
     folder = hub.resolve(
@@ -92,12 +89,9 @@ def _sources(recipe: Recipe, lora: bool) -> tuple[Source, Path | None]:
     if not hub.is_adapter(folder):
         return Source(settings.name_or_path, settings.revision, folder), None
     if not lora or settings.init == "random":
-        raise EngineError(
-            "E2.46",
-            "the model folder is an adapter, which can only be trained on as one",
-            str(folder),
-            "set lora.enabled=true and model.init=pretrained, or merge it first with tools/merge_adapter.py",
-        )
+        what = "the model folder is an adapter, which can only be trained on as one"
+        advice = "set lora.enabled=true and model.init=pretrained, or merge it first with tools/merge_adapter.py"
+        raise EngineError("E2.46", what, str(folder), advice)
     return hub.resolve_base(folder, trust_remote_code=trusted), folder
 
 

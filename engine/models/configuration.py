@@ -56,30 +56,19 @@ def load_config(settings: Model, folder: Path | None) -> PreTrainedConfig:
 def family(wanted: str, config: PreTrainedConfig) -> str:
     family = "seq2seq" if config.is_encoder_decoder else "causal"
     if wanted not in ("auto", family):
-        raise EngineError(
-            "E2.48",
-            f"model.family={wanted}, but a {config.model_type} model is {family}",
-            "model.family",
-            "set model.family=auto",
-        )
+        what = f"model.family={wanted}, but a {config.model_type} model is {family}"
+        raise EngineError("E2.48", what, "model.family", "set model.family=auto")
     return family
 
 
 def check_combination(recipe: Recipe, config: PreTrainedConfig, precision: str) -> None:
     if precision == "fp16" and not families.of(config.model_type).fits_fp16:
-        raise EngineError(
-            "E2.53",
-            "T5 overflows in fp16: its activations exceed 65,504",
-            "training.precision=fp16",
-            "set training.precision=bf16 or fp32",
-        )
+        what = "T5 overflows in fp16: its activations exceed 65,504"
+        raise EngineError("E2.53", what, "training.precision=fp16", "set training.precision=bf16 or fp32")
     if recipe.quantization.load_in_4bit and recipe.model.init == "random":
-        raise EngineError(
-            "E2.49",
-            "a model with random weights is not quantised: there is nothing to keep",
-            "quantization.load_in_4bit",
-            "train the base first and name its final_model folder in model.name_or_path",
-        )
+        what = "a model with random weights is not quantised: there is nothing to keep"
+        advice = "train the base first and name its final_model folder in model.name_or_path"
+        raise EngineError("E2.49", what, "quantization.load_in_4bit", advice)
 
 
 def most_tokens(model: nn.Module, family: str) -> tuple[float, float]:

@@ -1,7 +1,9 @@
 """Where models come from: hub ids and folders turned into a checked local folder, before any file of it is loaded.
 
 A model folder is somebody else's data. Nothing in it may run code here, so pickle weights, custom code, odd adapter
-types and shard indexes that point elsewhere are refused by name, before transformers or peft see the folder.
+types and shard indexes that point elsewhere are refused by name, before transformers or peft see the folder. Their own
+switches (`use_safetensors`, `trust_remote_code`, `local_files_only`) are set as well, but of these four transformers
+refuses only the pickles: it passes over custom code, and follows indexes and links out of the folder.
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ _HUB_SKIPPED = ["*/*", "consolidated*", "*.msgpack.index.json"]  # subfolders ho
 _HUB_TIMEOUT = 8  # seconds until the hub counts as unreachable
 _SAMPLES, _SAMPLE_BYTES = 64, 65536  # of each weight file: enough to tell two trainings apart, quick for 16 GB
 _ADAPTER_TASKS = {None, "CAUSAL_LM", "SEQ_2_SEQ_LM"}
+# These keys import a module, or read files written by pickle, or belong to methods that need such files.
+_CODE_IN_ADAPTER = ("auto_mapping", "corda_config", "eva_config", "lora_ga_config", "loftq_config", "megatron_config")
 
 BASE_FILE = "base_model.json"  # beside an adapter: which model it belongs to
 
@@ -90,12 +94,9 @@ def resolve(name: str, *, revision: str | None = None, trust_remote_code: bool =
 def check_remote_code_settings(trust_remote_code: bool, revision: str | None) -> None:
     """Remote code only at a pinned commit: a branch or tag may hold other code tomorrow."""
     if trust_remote_code and not (revision and _COMMIT.fullmatch(revision)):
-        raise EngineError(
-            "E2.54",
-            "model.trust_remote_code runs code that came with the model and needs a pinned commit",
-            f"model.revision={revision}",
-            "set model.revision to the 40-digit commit that you have read, or drop trust_remote_code",
-        )
+        what = "model.trust_remote_code runs code that came with the model and needs a pinned commit"
+        advice = "set model.revision to the 40-digit commit that you have read, or drop trust_remote_code"
+        raise EngineError("E2.54", what, f"model.revision={revision}", advice)
 
 
 def _download(name: str, revision: str | None, weights: bool, *, code: bool) -> Path:
@@ -105,15 +106,8 @@ def _download(name: str, revision: str | None, weights: bool, *, code: bool) -> 
 
     patterns = [pattern for pattern in _HUB_FILES if weights or pattern != "*.safetensors"] + ["*.py"] * code
     try:
-        return Path(
-            snapshot_download(
-                name,
-                revision=revision,
-                allow_patterns=patterns,
-                ignore_patterns=_HUB_SKIPPED,
-                etag_timeout=_HUB_TIMEOUT,
-            )
-        )
+        kept = {"allow_patterns": patterns, "ignore_patterns": _HUB_SKIPPED}
+        return Path(snapshot_download(name, revision=revision, etag_timeout=_HUB_TIMEOUT, **kept))
     except Exception as error:  # the client raises many unrelated types; each means that the model cannot be had
         raise _unavailable(name, revision, error) from error
 
@@ -128,13 +122,8 @@ def _unavailable(name: str, revision: str | None, error: Exception) -> EngineErr
         advice = "check the spelling and the revision; private models need `hf auth login`"
         return EngineError("E4.1", "the hub has no such model or revision, and there is no such folder", where, advice)
     if isinstance(error, OSError) and getattr(error, "errno", None) is not None:
-        return EngineError(
-            "E6.6",
-            f"the download could not be stored: {error}",
-            where,
-            "free space or set HF_HOME",
-            safe="nothing was loaded",
-        )
+        what = f"the download could not be stored: {error}"
+        return EngineError("E6.6", what, where, "free space or set HF_HOME", safe="nothing was loaded")
     return EngineError(
         "E4.1",
         "the model is neither in the local hub cache nor can the hub be reached",
@@ -158,12 +147,9 @@ def check_folder(folder: Path, *, trust_remote_code: bool = False, weights: bool
 def _check_no_custom_code(path: Path, trusted: bool) -> None:
     found = sorted({"auto_map", "custom_generate", "custom_pipelines"} & _non_empty_keys(read_json(path)))
     if found and not trusted:
-        raise EngineError(
-            "E4.2",
-            f"the model ships its own code ({', '.join(found)}), which is not run by default",
-            str(path),
-            "read that code; then set model.trust_remote_code=true and model.revision to the commit you read",
-        )
+        what = f"the model ships its own code ({', '.join(found)}), which is not run by default"
+        advice = "read that code; then set model.trust_remote_code=true and model.revision to the commit you read"
+        raise EngineError("E4.2", what, str(path), advice)
 
 
 def _non_empty_keys(value: Any) -> set[str]:
@@ -177,30 +163,22 @@ def _non_empty_keys(value: Any) -> set[str]:
 
 
 def _check_weights(folder: Path) -> None:
-    index_files = sorted(folder.glob("*.index.json"))
-    for path in index_files:
-        if path.name.endswith(".safetensors.index.json"):
-            _check_shard_index(path)
+    for path in sorted(folder.glob("*.safetensors.index.json")):
+        _check_shard_index(path)
     inside = folder.resolve()
     shards = sorted(folder.glob("*.safetensors"))
     # The hub cache links from snapshots/<commit>/ to blobs/ of the same repository, which is the boundary there.
     boundary = inside.parent.parent if inside.parent.name == "snapshots" else inside
     for shard in shards:
         if not shard.resolve().is_relative_to(boundary):
-            raise EngineError(
-                "E4.4", "a weight file is a link that leaves the model folder", str(shard), "copy the file in"
-            )
-    pickles = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in PICKLES)
+            what = "a weight file is a link that leaves the model folder"
+            raise EngineError("E4.4", what, str(shard), "copy the file in")
     if not shards:
         what = "the folder holds no weights (*.safetensors)"
-        if pickles:
+        if pickles := sorted(p.name for p in folder.iterdir() if p.suffix.lower() in PICKLES):
             what = f"the weights are in pickle files only ({', '.join(pickles[:3])}), which can run code when they are read"
-        raise EngineError(
-            "E4.3",
-            what,
-            str(folder),
-            "older models come as pickle files: convert once with python tools/convert_weights.py NAME FOLDER",
-        )
+        advice = "older models come as pickle files: convert once with python tools/convert_weights.py NAME FOLDER"
+        raise EngineError("E4.3", what, str(folder), advice)
 
 
 def _check_shard_index(path: Path) -> None:
@@ -208,12 +186,8 @@ def _check_shard_index(path: Path) -> None:
     names = set(names.values()) if isinstance(names, dict) else {None}
     for name in sorted(map(str, names)):
         if not _SHARD.fullmatch(name) or not (path.parent / name).is_file():
-            raise EngineError(
-                "E4.4",
-                f"the weight index names {name!r}, which is no safetensors file of this folder",
-                str(path),
-                "download the model again from a source you trust",
-            )
+            what = f"the weight index names {name!r}, which is no safetensors file of this folder"
+            raise EngineError("E4.4", what, str(path), "download the model again from a source you trust")
 
 
 def check_adapter_config(folder: Path) -> dict[str, Any]:
@@ -229,19 +203,9 @@ def check_adapter_config(folder: Path) -> dict[str, Any]:
         problems.append(f"peft_type {config.get('peft_type')!r} (only LORA)")
     if config.get("task_type") not in _ADAPTER_TASKS:
         problems.append(f"task_type {config.get('task_type')!r}")
-    # These keys import a module, or read files written by pickle, or belong to methods that need such files.
-    refused = (
-        "auto_mapping",
-        "corda_config",
-        "eva_config",
-        "lora_ga_config",
-        "loftq_config",
-        "megatron_config",
-        "megatron_core",
-    )
-    problems += [
-        key for key in refused if config.get(key) and not (key == "megatron_core" and config[key] == "megatron.core")
-    ]
+    problems += [key for key in _CODE_IN_ADAPTER if config.get(key)]
+    if (config.get("megatron_core") or "megatron.core") != "megatron.core":  # the value that peft always writes
+        problems.append("megatron_core")
     if not isinstance(config.get("target_modules"), str | list | None):
         problems.append("target_modules")
     if problems:
@@ -352,9 +316,6 @@ def _check_base(adapter: Path, source: Source) -> None:
     found = identify(source).to_dict() if wanted else {}
     for key in ("config_sha256", "weights_sha256"):
         if wanted.get(key) is not None and wanted[key] != found[key]:
-            raise EngineError(
-                "E4.11",
-                f"the adapter was trained on another model than this one ({key} differs)",
-                f"{adapter} on {source.folder}",
-                f"give it the base it was trained on: {wanted.get('name')}",
-            )
+            what = f"the adapter was trained on another model than this one ({key} differs)"
+            advice = f"give it the base it was trained on: {wanted.get('name')}"
+            raise EngineError("E4.11", what, f"{adapter} on {source.folder}", advice)

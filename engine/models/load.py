@@ -57,14 +57,8 @@ def load_trained(
         bits = adapters.quantization_config(Quantization(**quantization), precision, device) if quantization else None
         dtype = adapters.DTYPES[precision]
         spread = bits is None and weights.too_large(source.folder, dtype, device)
-        model = weights.load_folder(
-            source.folder,
-            config,
-            dtype=dtype,
-            device=device,
-            quantization=bits,
-            offload_folder=offload_folder if spread else None,
-        )
+        places = {"device": device, "offload_folder": offload_folder if spread else None}
+        model = weights.load_folder(source.folder, config, dtype=dtype, quantization=bits, **places)
         if adapter is None:
             _check_rows(model, tokenizer, folder)
         else:
@@ -109,10 +103,7 @@ def _read_prompt(folder: Path, tokenizer: PreTrainedTokenizerFast) -> tuple[Prom
     except (KeyError, TypeError, ValueError) as error:
         raise EngineError("E4.10", f"prompt settings unreadable: {error}", str(path), "restore the file") from error
     if fingerprint != settings.fingerprint(tokenizer.chat_template):
-        raise EngineError(
-            "E4.10",
-            "prompt settings or chat template were changed after training",
-            str(path),
-            "restore the folder as it was saved; a model must be prompted the way it was trained",
-        )
+        what = "prompt settings or chat template were changed after training"
+        advice = "restore the folder as it was saved; a model must be prompted the way it was trained"
+        raise EngineError("E4.10", what, str(path), advice)
     return settings, lengths

@@ -66,12 +66,8 @@ def load_folder(
             **arguments,
         )
     except torch.OutOfMemoryError as error:
-        raise EngineError(
-            "E8.2",
-            "the device has too little memory for the weights alone",
-            str(folder),
-            "try quantization.load_in_4bit=true",
-        ) from error
+        what = "the device has too little memory for the weights alone"
+        raise EngineError("E8.2", what, str(folder), "try quantization.load_in_4bit=true") from error
     except Exception as error:  # transformers raises many unrelated types on a bad folder
         what = f"the weights cannot be loaded: {first_line(error)}"
         raise EngineError("E4.8", what, str(folder), "check the folder, or download it again") from error
@@ -80,12 +76,8 @@ def load_folder(
     missing = sorted(info["missing_keys"])
     if missing:
         names = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
-        raise EngineError(
-            "E4.8",
-            f"{len(missing)} weights are missing and would be random: {names}",
-            str(folder),
-            "use a checkpoint of the whole model with its output head",
-        )
+        what = f"{len(missing)} weights are missing and would be random: {names}"
+        raise EngineError("E4.8", what, str(folder), "use a checkpoint of the whole model with its output head")
     if is_untied(model):
         # T5's configuration always says "tied"; believed, it would overwrite the output head at the next resize.
         model.config.tie_word_embeddings = False
@@ -187,13 +179,8 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
             f"weights do not fit: {len(missing)} missing, {len(unexpected)} unexpected, {len(shapes)} of another shape"
         )
         first = (missing + unexpected + shapes)[0]
-        raise EngineError(
-            "E5.10",
-            what,
-            f"{folder}, first {first}",
-            "use the checkpoint's own recipe",
-            safe="the model was not changed",
-        )
+        advice = "use the checkpoint's own recipe"
+        raise EngineError("E5.10", what, f"{folder}, first {first}", advice, safe="the model was not changed")
     for name, tensor in stored.items():
         own[name].copy_(tensor)
 
