@@ -18,6 +18,7 @@ from engine.errors import EngineError
 from engine.models import hub
 from engine.models.bundle import save_model
 from engine.models.load import load_trained
+from engine.runtime import atomic
 
 
 def test_damaged_weights_and_configs_are_one_line(tmp_path):
@@ -166,3 +167,19 @@ def test_identity_tells_two_trainings_of_one_shape_apart(tmp_path):
     other = hub.identify(hub.Source("x", None, tiny.save("llama", tmp_path / "c", seed=1)))
     assert first == again
     assert first.config_sha256 == other.config_sha256 and first.weights_sha256 != other.weights_sha256
+
+
+def test_a_models_files_may_hold_infinity_and_ours_may_not(tmp_path, monkeypatch):
+    """Mamba's configurations do (`time_step_limit`); both readers take objects of limited size only."""
+    path = tmp_path / "config.json"
+    path.write_text('{"time_step_limit": [0.0, Infinity]}', encoding="utf-8")
+    assert hub.read_json(path) == {"time_step_limit": [0.0, float("inf")]}
+    with pytest.raises(ValueError, match="Infinity is not JSON"):
+        atomic.read_json(path)
+    for text, what in (("[1]", "not a JSON object"), ('{"a": "longer"}', "larger than")):
+        path.write_text(text, encoding="utf-8")
+        monkeypatch.setattr(atomic, "_MAX_JSON_BYTES", 8)
+        with pytest.raises(ValueError, match=what):
+            atomic.read_json(path)
+        with pytest.raises(EngineError, match=rf"E4\.9.*{what}"):
+            hub.read_json(path)
