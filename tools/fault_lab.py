@@ -432,14 +432,15 @@ def write_inputs(work: Path) -> None:
 def _make_model(work: Path, folder: str) -> None:  # never returns
     code = 1
     try:
-        from engine.models import build
+        from engine.models.build import build_model
+        from engine.models.bundle import save_model
         from engine.recipe.load import load_recipe
         from engine.runtime.process import start
 
         recipe = load_recipe(work / f"make-{folder}.yaml")
         with start(recipe) as runtime:
-            bundle = build.build_model(recipe, device=runtime.device, precision="fp32")
-            build.save_model(bundle, work / folder)
+            bundle = build_model(recipe, device=runtime.device, precision="fp32")
+            save_model(bundle, work / folder)
         code = 0
     except BaseException:
         traceback.print_exc()

@@ -26,7 +26,7 @@ from engine.errors import EngineError  # noqa: E402
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from engine.models.build import ModelBundle
+    from engine.models.bundle import ModelBundle
 
 NOTHING_WRITTEN = "nothing was written"
 DIALOGUES = (
@@ -54,7 +54,9 @@ def merge(adapter: Path, output: Path, base: str | None = None, precision: str =
     """
     import torch
 
-    from engine.models import build, hub
+    from engine.models import hub
+    from engine.models.bundle import save_model
+    from engine.models.load import load_trained
 
     if output.exists():
         raise EngineError(
@@ -66,20 +68,20 @@ def merge(adapter: Path, output: Path, base: str | None = None, precision: str =
         )
     stored = stored_precision(adapter, base) if precision == "auto" else precision
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    bundle = build.load_trained(adapter, device=device, precision=stored, base=base, four_bit=False)
+    bundle = load_trained(adapter, device=device, precision=stored, base=base, four_bit=False)
     expected = outputs(bundle.model, bundle)
     bundle.model = bundle.model.merge_and_unload()
     report = {"precision": stored, **compare(expected, outputs(bundle.model, bundle), stored, "merged")}
-    if hub.trained_on_4_bits(adapter):
+    if hub.base_record(adapter).get("quantization"):
         # What evaluation saw during training: its base was rounded to 4 bits, so some difference is to be expected.
-        rounded = build.load_trained(adapter, device=device, precision=stored, base=base)
+        rounded = load_trained(adapter, device=device, precision=stored, base=base)
         report["four_bit"] = difference(outputs(rounded.model, rounded), outputs(bundle.model, bundle))
         del rounded
 
     partial = output.with_name(f".{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        build.save_model(bundle, partial)
+        save_model(bundle, partial)
         copy_recipe(adapter, partial)
         alone = load_alone(partial, bundle, device)
         report["reloaded"] = compare(outputs(bundle.model, bundle), outputs(alone, bundle), stored, "reloaded")
@@ -95,8 +97,7 @@ def stored_precision(adapter: Path, base: str | None) -> str:
     """The type of most of the base's weights, as its files have them."""
     from engine.models import hub
 
-    name, revision = (base, None) if base else hub.base_of_adapter(adapter)
-    kinds = hub.stored_types(hub.resolve(name, revision=revision))
+    kinds = hub.stored_types(hub.resolve_base(adapter, base).folder)
     names = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
     return names.get(max(kinds, key=kinds.get, default="F32"), "fp32")
 
@@ -166,7 +167,7 @@ def load_alone(folder: Path, bundle: ModelBundle, device: Any) -> nn.Module:
     """The merged folder as any program without this package would load it."""
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    from engine.models.build import quiet_transformers
+    from engine.models.weights import quiet_transformers
 
     auto = AutoModelForCausalLM if bundle.family == "causal" else AutoModelForSeq2SeqLM
     with quiet_transformers():

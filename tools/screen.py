@@ -49,8 +49,9 @@ def screen_one(recipe: Recipe, folder: Path, name: str) -> dict[str, Any]:
         EngineError: as training would, for recipe, data and model.
     """
     from engine.data.rows import read_examples
-    from engine.models import build, memory, weights
+    from engine.models import build, weights
     from engine.prediction.summarizer import Summarizer
+    from engine.runtime.peak_memory import measured_peak
     from engine.runtime.process import start
     from engine.training.evaluation import Split, evaluate
     from engine.training.tracking import write_predictions
@@ -71,7 +72,7 @@ def screen_one(recipe: Recipe, folder: Path, name: str) -> dict[str, Any]:
             "rows": len(split.examples),
             "parameters": bundle.report["parameters"],
             "precision": runtime.precision,
-            "peak_memory_gib": memory.measured_peak(runtime.device),
+            "peak_memory_gib": measured_peak(runtime.device),
         }
 
 

@@ -23,7 +23,7 @@ from engine.scoring import intervals, rouge
 if TYPE_CHECKING:
     from engine.data.encode import Feature
     from engine.data.rows import Example
-    from engine.models.build import ModelBundle
+    from engine.models.bundle import ModelBundle
     from engine.recipe.schema import Generation, Recipe
 
 METRICS = (*rouge.METRICS, "rouge_sum", "rouge_mean")

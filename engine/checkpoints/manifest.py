@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
-PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".npy", ".npz", ".joblib", ".msgpack", ".h5"}
+PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib"}
+_REFUSED = PICKLES | {".npy", ".npz", ".msgpack", ".h5"}  # may hold pickles, or code of other libraries
 _LIBRARIES = ("torch", "accelerate", "transformers", "peft", "bitsandbytes", "safetensors")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -121,7 +122,7 @@ def list_files(folder: Path) -> set[str]:
             path = Path(root) / name
             if path.is_symlink():
                 raise hostile("a checkpoint holds no links", path)
-            if path.suffix.lower() in PICKLES:
+            if path.suffix.lower() in _REFUSED:
                 raise hostile("a checkpoint holds no pickle files; they run code when they are loaded", path)
         names |= {(Path(root) / name).relative_to(folder).as_posix() for name in files}
     return {name for name in names if not PurePosixPath(name).name.startswith(".")}

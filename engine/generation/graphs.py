@@ -17,14 +17,11 @@ from collections.abc import Callable
 
 import torch
 
+from engine import families
+
 logger = logging.getLogger(__name__)
 
 WINDOW_STRIDE = 64
-# Families whose forward pass was checked to ask nothing of the device (tests/generation/test_search.py).
-CAPTURABLE_MODEL_TYPES = frozenset(
-    {"bart", "marian", "mbart", "mt5", "pegasus", "t5", "umt5"}
-    | {"exaone4", "gemma", "gpt2", "gpt_neox", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3"}
-)
 MIN_STEPS = 16  # a capture costs about two eager steps per window
 
 
@@ -105,6 +102,6 @@ def worth_capturing(model: torch.nn.Module, device: torch.device, steps: int) ->
     cache of converted weights would end up in a graph's memory."""
     if device.type != "cuda" or steps < MIN_STEPS or hasattr(model, "hf_device_map"):
         return False
-    if model.config.model_type not in CAPTURABLE_MODEL_TYPES:
+    if not families.of(model.config.model_type).capturable:
         return False
     return not torch.is_autocast_enabled("cuda")

@@ -65,18 +65,19 @@ def attention(model: torch.nn.Module, name: str) -> Iterator[None]:
             config._attn_implementation_internal = implementation
 
 
+def bare(model: torch.nn.Module) -> torch.nn.Module:
+    """The model without DistributedDataParallel and torch.compile around it; PEFT's wrapper stays."""
+    while hasattr(model, "module") or hasattr(model, "_orig_mod"):
+        model = model.module if hasattr(model, "module") else model._orig_mod
+    return model
+
+
 def unwrap(model: torch.nn.Module) -> torch.nn.Module:
     """The transformers model inside DDP, compile and PEFT wrappers. LoRA adapters sit in its layers and stay active.
 
     Raises: ValueError: for adapters that prepend to the prompt, which need PEFT's own `generate`.
     """
-    while True:
-        inner = getattr(model, "_orig_mod", None) or (
-            model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else None
-        )
-        if inner is None:
-            break
-        model = inner
+    model = bare(model)
     if not hasattr(model, "peft_config"):
         return model
     if getattr(model.active_peft_config, "is_prompt_learning", False):

@@ -20,6 +20,7 @@ from transformers.generation import logits_process as hf
 from transformers.generation import stopping_criteria as criteria
 from transformers.generation.utils import GENERATION_MODES_MAPPING
 
+from engine import families
 from engine.generation.beams import BeamRules, Beams
 from engine.generation.cache import ATTENTION_NAME
 from engine.generation.decoder import Prompt, TreeDecoder
@@ -29,10 +30,6 @@ from engine.generation.processors import Chain, History, OutputOnly, VocabularyM
 
 logger = logging.getLogger(__name__)
 
-# Families whose forward pass was checked against `generate` (tests/generation/test_search.py).
-_ENCODER_DECODERS = {"bart", "m2m_100", "marian", "mbart", "mt5", "pegasus", "t5", "umt5"}
-_CAUSAL = {"exaone4", "gemma", "gpt2", "gpt_neox", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3"}
-VERIFIED_MODEL_TYPES = frozenset(_ENCODER_DECODERS | _CAUSAL)
 _HANDLED_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.BEAM_SEARCH)
 _KNOWN_MODEL_KWARGS = {
     "attention_mask",
@@ -242,7 +239,7 @@ def unsupported(model, config, processors, stopping, model_kwargs: dict[str, Any
     mode = config.get_generation_mode()
     if mode not in _HANDLED_MODES:
         return f"mode {mode}"
-    if model.config.model_type not in VERIFIED_MODEL_TYPES:
+    if not families.of(model.config.model_type).verified:
         return f"model type {model.config.model_type} was never checked"
     if not _tells_attentions_apart(model):
         return f"this transformers does not mark the self-attention of {model.config.model_type}"

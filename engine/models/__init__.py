@@ -1,1 +1,14 @@
-"""Models, tokenizers and adapters: where they come from, what may be loaded, how they are built, how much memory they need."""
+"""Models: where they come from, what they are made of, and the folders they are saved as.
+
+bundle         a model with its tokenizer, prompt and lengths; how that is saved
+build          a model for training, as a recipe describes it
+load           a trained model, for prediction
+hub            hub ids and folders, checked before anything of them is loaded; what identifies a model
+configuration  a model's configuration, held against recipe and tokenizer
+tokenization   tokenizers, loaded or trained; added tokens
+weights        weights in and out of models, embeddings resized
+adapters       LoRA and QLoRA by peft, rows of added tokens
+memory         how much memory a run needs, before it starts
+
+What is known of each family stands in `engine/families.py`.
+"""

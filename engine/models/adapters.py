@@ -10,6 +10,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from engine import families
 from engine.errors import EngineError
 from engine.models.hub import first_line, weight_names
 
@@ -28,20 +30,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("engine.models")
 
-_GATED = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-_BART = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
-_T5 = ["q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo"]
-TARGET_MODULES = {
-    **dict.fromkeys(["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "exaone4"], _GATED),
-    **dict.fromkeys(["bart", "mbart", "pegasus", "m2m_100"], _BART),
-    **dict.fromkeys(["t5", "mt5", "umt5"], _T5),
-    "gpt_neox": ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"],
-    "gpt2": ["c_attn", "c_proj", "c_fc"],
-}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_LAYERNORM_BIAS = 2  # parameters with fewer dimensions are biases and norms
-
-
 # On CPUs bitsandbytes advises an add-on that downloads compiled code; it is not wanted here.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
@@ -50,12 +39,9 @@ def enabled(recipe: Recipe) -> bool:
     """Whether the recipe trains adapters: `lora.enabled`, or where that is open, with a 4-bit base."""
     wanted = recipe.lora.enabled
     if wanted is False and recipe.quantization.load_in_4bit:
-        raise EngineError(
-            "E2.56",
-            "a 4-bit base cannot be trained itself",
-            "lora.enabled=false with quantization.load_in_4bit=true",
-            "set lora.enabled=true or quantization.load_in_4bit=false",
-        )
+        what = "a 4-bit base cannot be trained itself"
+        advice = "set lora.enabled=true or quantization.load_in_4bit=false"
+        raise EngineError("E2.56", what, "lora.enabled=false with quantization.load_in_4bit=true", advice)
     return recipe.quantization.load_in_4bit if wanted is None else wanted
 
 
@@ -81,12 +67,9 @@ def quantization_config(settings: Quantization, precision: str, device: torch.de
     try:
         import bitsandbytes  # noqa: F401
     except Exception as error:  # a missing CUDA library shows as OSError or RuntimeError
-        raise EngineError(
-            "E4.13",
-            f"bitsandbytes cannot be used: {error}",
-            "quantization.load_in_4bit",
-            "install bitsandbytes for this machine, or set quantization.load_in_4bit=false",
-        ) from error
+        what = f"bitsandbytes cannot be used: {error}"
+        advice = "install bitsandbytes for this machine, or set quantization.load_in_4bit=false"
+        raise EngineError("E4.13", what, "quantization.load_in_4bit", advice) from error
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
@@ -123,9 +106,10 @@ def target_modules(setting: list[str] | str, model: nn.Module) -> list[str] | st
     model_type = model.config.model_type
     linears = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if hasattr(module, "weight")}
     if setting == "auto":
-        if model_type not in TARGET_MODULES:
+        targets = [name for name in families.of(model_type).lora_targets if name in linears]
+        if not targets:
             raise _no_targets(f"lora.target_modules: auto has no list for model type {model_type!r}", linears)
-        return [name for name in TARGET_MODULES[model_type] if name in linears]
+        return targets
     paths = [name for name, _ in model.named_modules()]
     missing = [name for name in setting if not any(path == name or path.endswith(f".{name}") for path in paths)]
     if missing:
@@ -150,9 +134,7 @@ def attach(
     """
     from peft import LoraConfig, get_peft_model
 
-    model.requires_grad_(False)
-    if is_4bit(model):
-        _quiet_kbit_input_gradients(model)
+    _freeze(model)
     config = LoraConfig(
         r=settings.r,
         lora_alpha=settings.alpha,
@@ -198,9 +180,10 @@ def finish(model: PeftModel, *, train_rows: bool = True, trainable: bool = True)
     return model
 
 
-def _quiet_kbit_input_gradients(model: nn.Module) -> None:
-    """Recomputed blocks need an input that requires gradients; frozen embeddings would give none."""
-    model.enable_input_require_grads()
+def _freeze(model: nn.Module) -> None:
+    model.requires_grad_(False)
+    if is_4bit(model):
+        model.enable_input_require_grads()  # recomputed blocks need an input with a gradient; embeddings now give none
 
 
 def _token_rows(model: nn.Module, ids: Sequence[int]) -> dict[str, list[int]] | None:
@@ -263,16 +246,11 @@ def make_token_rows_cheap(model: nn.Module) -> None:
             module.__class__ = _cheap_class()
 
 
+@cache
 def _cheap_class() -> type:
-    global _CHEAP
-    if _CHEAP is None:
-        from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
+    from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 
-        _CHEAP = type("CheapTrainableTokensLayer", (CheapTokenRows, TrainableTokensLayer), {})
-    return _CHEAP
-
-
-_CHEAP: type | None = None
+    return type("CheapTrainableTokensLayer", (CheapTokenRows, TrainableTokensLayer), {})
 
 
 def load(model: nn.Module, folder: Path, *, trainable: bool) -> PeftModel:
@@ -284,9 +262,7 @@ def load(model: nn.Module, folder: Path, *, trainable: bool) -> PeftModel:
     from peft import PeftModel
 
     if trainable:
-        model.requires_grad_(False)
-        if is_4bit(model):
-            _quiet_kbit_input_gradients(model)
+        _freeze(model)
     stored = weight_names(folder)
     try:
         with _quiet_peft():
@@ -335,8 +311,7 @@ def loraplus_groups(
     groups = []
     for group in helper.param_groups:
         for decayed in (True, False):
-            members = [p for p in group["params"] if (p.ndim >= _LAYERNORM_BIAS) == decayed]
-            if members:
-                decay = group["weight_decay"] if decayed else 0.0
-                groups.append({"params": members, "lr": group["lr"], "weight_decay": decay})
-    return groups
+            members = [p for p in group["params"] if (p.ndim >= 2) == decayed]  # biases and norms have one dimension
+            decay = group["weight_decay"] if decayed else 0.0
+            groups.append({"params": members, "lr": group["lr"], "weight_decay": decay})
+    return [group for group in groups if group["params"]]

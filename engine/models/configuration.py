@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from engine import families
 from engine.errors import EngineError
 from engine.models.hub import first_line
 
@@ -18,20 +19,8 @@ if TYPE_CHECKING:
     from engine.recipe.schema import Model, Recipe
 
 log = logging.getLogger("engine.models")
-_T5_FAMILY = {"t5", "mt5", "umt5", "longt5"}
 # Modules with a row of their own for each position: Bart's and its relatives', GPT-2's, and older models'.
 _POSITION_TABLES = {"embed_positions", "wpe", "position_embeddings"}
-# Probabilities for hidden states, attention and activations under every family's names; classifier heads are left out.
-_DROPOUTS = (
-    "dropout",
-    "attention_dropout",
-    "activation_dropout",
-    "dropout_rate",
-    "hidden_dropout",
-    "resid_pdrop",
-    "embd_pdrop",
-    "attn_pdrop",
-)
 
 
 def load_config(settings: Model, folder: Path | None) -> PreTrainedConfig:
@@ -58,7 +47,7 @@ def load_config(settings: Model, folder: Path | None) -> PreTrainedConfig:
     if unknown:
         raise EngineError("E2.47", f"model.config has no key {', '.join(unknown)}", where, "check the spelling")
     if settings.dropout is not None:
-        for name in _DROPOUTS:
+        for name in families.of(config.model_type).dropouts:
             if isinstance(getattr(config, name, None), int | float):
                 setattr(config, name, settings.dropout)
     return config
@@ -67,30 +56,19 @@ def load_config(settings: Model, folder: Path | None) -> PreTrainedConfig:
 def family(wanted: str, config: PreTrainedConfig) -> str:
     family = "seq2seq" if config.is_encoder_decoder else "causal"
     if wanted not in ("auto", family):
-        raise EngineError(
-            "E2.48",
-            f"model.family={wanted}, but a {config.model_type} model is {family}",
-            "model.family",
-            "set model.family=auto",
-        )
+        what = f"model.family={wanted}, but a {config.model_type} model is {family}"
+        raise EngineError("E2.48", what, "model.family", "set model.family=auto")
     return family
 
 
 def check_combination(recipe: Recipe, config: PreTrainedConfig, precision: str) -> None:
-    if config.model_type in _T5_FAMILY and precision == "fp16":
-        raise EngineError(
-            "E2.53",
-            "T5 overflows in fp16: its activations exceed 65,504",
-            "training.precision=fp16",
-            "set training.precision=bf16 or fp32",
-        )
+    if precision == "fp16" and not families.of(config.model_type).fits_fp16:
+        what = "T5 overflows in fp16: its activations exceed 65,504"
+        raise EngineError("E2.53", what, "training.precision=fp16", "set training.precision=bf16 or fp32")
     if recipe.quantization.load_in_4bit and recipe.model.init == "random":
-        raise EngineError(
-            "E2.49",
-            "a model with random weights is not quantised: there is nothing to keep",
-            "quantization.load_in_4bit",
-            "train the base first and name its final_model folder in model.name_or_path",
-        )
+        what = "a model with random weights is not quantised: there is nothing to keep"
+        advice = "train the base first and name its final_model folder in model.name_or_path"
+        raise EngineError("E2.49", what, "quantization.load_in_4bit", advice)
 
 
 def most_tokens(model: nn.Module, family: str) -> tuple[float, float]:
@@ -142,8 +120,8 @@ def align_config(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast, f
         return
     own_tokenizer_trained = fresh and "decoder_start_token_id" not in given and settings.name_or_path is None
     if own_tokenizer_trained or config.decoder_start_token_id is None:
-        start = tokenizer.pad_token_id if config.model_type in _T5_FAMILY else tokenizer.eos_token_id
-        config.decoder_start_token_id = start
+        with_pad = families.of(config.model_type).starts_with_pad
+        config.decoder_start_token_id = tokenizer.pad_token_id if with_pad else tokenizer.eos_token_id
     if fresh and settings.name_or_path is None and "forced_eos_token_id" not in given:
         _forget_forced_end(config)
 

@@ -1,7 +1,9 @@
 """Where models come from: hub ids and folders turned into a checked local folder, before any file of it is loaded.
 
 A model folder is somebody else's data. Nothing in it may run code here, so pickle weights, custom code, odd adapter
-types and shard indexes that point elsewhere are refused by name, before transformers or peft see the folder.
+types and shard indexes that point elsewhere are refused by name, before transformers or peft see the folder. Their own
+switches (`use_safetensors`, `trust_remote_code`, `local_files_only`) are set as well, but of these four transformers
+refuses only the pickles: it passes over custom code, and follows indexes and links out of the folder.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.checkpoints.manifest import PICKLES
 from engine.errors import EngineError
+from engine.runtime import atomic
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
@@ -24,11 +28,10 @@ _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 _HUB_SKIPPED = ["*/*", "consolidated*", "*.msgpack.index.json"]  # subfolders hold other formats of the same weights
 _HUB_TIMEOUT = 8  # seconds until the hub counts as unreachable
 _SAMPLES, _SAMPLE_BYTES = 64, 65536  # of each weight file: enough to tell two trainings apart, quick for 16 GB
-_PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
 _ADAPTER_TASKS = {None, "CAUSAL_LM", "SEQ_2_SEQ_LM"}
-_MAX_JSON_BYTES = 64 * 2**20
+# These keys import a module, or read files written by pickle, or belong to methods that need such files.
+_CODE_IN_ADAPTER = ("auto_mapping", "corda_config", "eva_config", "lora_ga_config", "loftq_config", "megatron_config")
 
-NOTHING_LOADED = "nothing was loaded"
 BASE_FILE = "base_model.json"  # beside an adapter: which model it belongs to
 
 
@@ -45,17 +48,21 @@ class BaseIdentity:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Source:
+    """A model as it was named, and the checked folder it was found in; None where it is built from a recipe alone."""
+
+    name: str
+    revision: str | None
+    folder: Path | None
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a model folder; anything else is exit 4 with the file's name."""
     try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise ValueError(f"larger than {_MAX_JSON_BYTES >> 20} MiB")
-        value = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(value, dict):
-            raise ValueError("not a JSON object")
+        return atomic.read_json(path, strict=False)  # Mamba's configurations hold Infinity
     except (OSError, ValueError, RecursionError) as error:
         raise EngineError("E4.9", f"unreadable model file: {error}", str(path), "download it again") from error
-    return value
 
 
 def first_line(error: Exception) -> str:
@@ -87,12 +94,9 @@ def resolve(name: str, *, revision: str | None = None, trust_remote_code: bool =
 def check_remote_code_settings(trust_remote_code: bool, revision: str | None) -> None:
     """Remote code only at a pinned commit: a branch or tag may hold other code tomorrow."""
     if trust_remote_code and not (revision and _COMMIT.fullmatch(revision)):
-        raise EngineError(
-            "E2.54",
-            "model.trust_remote_code runs code that came with the model and needs a pinned commit",
-            f"model.revision={revision}",
-            "set model.revision to the 40-digit commit that you have read, or drop trust_remote_code",
-        )
+        what = "model.trust_remote_code runs code that came with the model and needs a pinned commit"
+        advice = "set model.revision to the 40-digit commit that you have read, or drop trust_remote_code"
+        raise EngineError("E2.54", what, f"model.revision={revision}", advice)
 
 
 def _download(name: str, revision: str | None, weights: bool, *, code: bool) -> Path:
@@ -102,15 +106,8 @@ def _download(name: str, revision: str | None, weights: bool, *, code: bool) -> 
 
     patterns = [pattern for pattern in _HUB_FILES if weights or pattern != "*.safetensors"] + ["*.py"] * code
     try:
-        return Path(
-            snapshot_download(
-                name,
-                revision=revision,
-                allow_patterns=patterns,
-                ignore_patterns=_HUB_SKIPPED,
-                etag_timeout=_HUB_TIMEOUT,
-            )
-        )
+        kept = {"allow_patterns": patterns, "ignore_patterns": _HUB_SKIPPED}
+        return Path(snapshot_download(name, revision=revision, etag_timeout=_HUB_TIMEOUT, **kept))
     except Exception as error:  # the client raises many unrelated types; each means that the model cannot be had
         raise _unavailable(name, revision, error) from error
 
@@ -125,13 +122,8 @@ def _unavailable(name: str, revision: str | None, error: Exception) -> EngineErr
         advice = "check the spelling and the revision; private models need `hf auth login`"
         return EngineError("E4.1", "the hub has no such model or revision, and there is no such folder", where, advice)
     if isinstance(error, OSError) and getattr(error, "errno", None) is not None:
-        return EngineError(
-            "E6.6",
-            f"the download could not be stored: {error}",
-            where,
-            "free space or set HF_HOME",
-            safe=NOTHING_LOADED,
-        )
+        what = f"the download could not be stored: {error}"
+        return EngineError("E6.6", what, where, "free space or set HF_HOME", safe="nothing was loaded")
     return EngineError(
         "E4.1",
         "the model is neither in the local hub cache nor can the hub be reached",
@@ -155,12 +147,9 @@ def check_folder(folder: Path, *, trust_remote_code: bool = False, weights: bool
 def _check_no_custom_code(path: Path, trusted: bool) -> None:
     found = sorted({"auto_map", "custom_generate", "custom_pipelines"} & _non_empty_keys(read_json(path)))
     if found and not trusted:
-        raise EngineError(
-            "E4.2",
-            f"the model ships its own code ({', '.join(found)}), which is not run by default",
-            str(path),
-            "read that code; then set model.trust_remote_code=true and model.revision to the commit you read",
-        )
+        what = f"the model ships its own code ({', '.join(found)}), which is not run by default"
+        advice = "read that code; then set model.trust_remote_code=true and model.revision to the commit you read"
+        raise EngineError("E4.2", what, str(path), advice)
 
 
 def _non_empty_keys(value: Any) -> set[str]:
@@ -174,30 +163,22 @@ def _non_empty_keys(value: Any) -> set[str]:
 
 
 def _check_weights(folder: Path) -> None:
-    index_files = sorted(folder.glob("*.index.json"))
-    for path in index_files:
-        if path.name.endswith(".safetensors.index.json"):
-            _check_shard_index(path)
+    for path in sorted(folder.glob("*.safetensors.index.json")):
+        _check_shard_index(path)
     inside = folder.resolve()
     shards = sorted(folder.glob("*.safetensors"))
     # The hub cache links from snapshots/<commit>/ to blobs/ of the same repository, which is the boundary there.
     boundary = inside.parent.parent if inside.parent.name == "snapshots" else inside
     for shard in shards:
         if not shard.resolve().is_relative_to(boundary):
-            raise EngineError(
-                "E4.4", "a weight file is a link that leaves the model folder", str(shard), "copy the file in"
-            )
-    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLE_SUFFIXES)
+            what = "a weight file is a link that leaves the model folder"
+            raise EngineError("E4.4", what, str(shard), "copy the file in")
     if not shards:
         what = "the folder holds no weights (*.safetensors)"
-        if pickles:
+        if pickles := sorted(p.name for p in folder.iterdir() if p.suffix.lower() in PICKLES):
             what = f"the weights are in pickle files only ({', '.join(pickles[:3])}), which can run code when they are read"
-        raise EngineError(
-            "E4.3",
-            what,
-            str(folder),
-            "older models come as pickle files: convert once with python tools/convert_weights.py NAME FOLDER",
-        )
+        advice = "older models come as pickle files: convert once with python tools/convert_weights.py NAME FOLDER"
+        raise EngineError("E4.3", what, str(folder), advice)
 
 
 def _check_shard_index(path: Path) -> None:
@@ -205,12 +186,8 @@ def _check_shard_index(path: Path) -> None:
     names = set(names.values()) if isinstance(names, dict) else {None}
     for name in sorted(map(str, names)):
         if not _SHARD.fullmatch(name) or not (path.parent / name).is_file():
-            raise EngineError(
-                "E4.4",
-                f"the weight index names {name!r}, which is no safetensors file of this folder",
-                str(path),
-                "download the model again from a source you trust",
-            )
+            what = f"the weight index names {name!r}, which is no safetensors file of this folder"
+            raise EngineError("E4.4", what, str(path), "download the model again from a source you trust")
 
 
 def check_adapter_config(folder: Path) -> dict[str, Any]:
@@ -226,19 +203,9 @@ def check_adapter_config(folder: Path) -> dict[str, Any]:
         problems.append(f"peft_type {config.get('peft_type')!r} (only LORA)")
     if config.get("task_type") not in _ADAPTER_TASKS:
         problems.append(f"task_type {config.get('task_type')!r}")
-    # These keys import a module, or read files written by pickle, or belong to methods that need such files.
-    refused = (
-        "auto_mapping",
-        "corda_config",
-        "eva_config",
-        "lora_ga_config",
-        "loftq_config",
-        "megatron_config",
-        "megatron_core",
-    )
-    problems += [
-        key for key in refused if config.get(key) and not (key == "megatron_core" and config[key] == "megatron.core")
-    ]
+    problems += [key for key in _CODE_IN_ADAPTER if config.get(key)]
+    if (config.get("megatron_core") or "megatron.core") != "megatron.core":  # the value that peft always writes
+        problems.append("megatron_core")
     if not isinstance(config.get("target_modules"), str | list | None):
         problems.append("target_modules")
     if problems:
@@ -254,12 +221,12 @@ def config_hash(config: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def identify(name: str, revision: str | None, folder: Path) -> BaseIdentity:
-    """Identity of the model in `folder`. A hub download without a revision is known by the commit it resolved to."""
-    commit = folder.resolve().name
-    if revision is None and folder.resolve().parent.name == "snapshots" and _COMMIT.fullmatch(commit):
-        revision = commit
-    return BaseIdentity(name, revision, config_hash(read_json(folder / "config.json")), weights_hash(folder))
+def identify(source: Source) -> BaseIdentity:
+    """Identity of a model in a folder. A hub download without a revision is known by the commit it resolved to."""
+    revision, folder = source.revision, source.folder.resolve()
+    if revision is None and folder.parent.name == "snapshots" and _COMMIT.fullmatch(folder.name):
+        revision = folder.name
+    return BaseIdentity(source.name, revision, config_hash(read_json(folder / "config.json")), weights_hash(folder))
 
 
 def weights_hash(folder: Path) -> str | None:
@@ -296,44 +263,59 @@ def _stored(folder: Path) -> Iterator[tuple[str, str, int]]:
     for shard in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(shard, framework="pt") as file:
-                for key in file.keys():
-                    part = file.get_slice(key)
-                    yield key, part.get_dtype(), math.prod(part.get_shape())
+                parts = {key: file.get_slice(key) for key in file.keys()}
+                yield from ((key, part.get_dtype(), math.prod(part.get_shape())) for key, part in parts.items())
         except (OSError, SafetensorError) as error:
             what = f"unreadable weight file: {first_line(error)}"
             raise EngineError("E4.8", what, str(shard), "download it again") from error
 
 
-def trained_on_4_bits(adapter: Path) -> bool:
-    """Whether the adapter's base was quantised while it was trained."""
-    return (adapter / BASE_FILE).is_file() and bool(read_json(adapter / BASE_FILE).get("quantization"))
+# Bases of adapters
 
 
-def base_of_adapter(adapter: Path) -> tuple[str, str | None]:
-    """(name, revision) of the base an adapter was trained on: our own record first, then peft's."""
-    record = read_json(adapter / BASE_FILE) if (adapter / BASE_FILE).is_file() else {}
+def base_record(adapter: Path) -> dict[str, Any]:
+    """Our own record of an adapter's base: its identity and `quantization`; empty beside an adapter made elsewhere."""
+    return read_json(adapter / BASE_FILE) if (adapter / BASE_FILE).is_file() else {}
+
+
+def resolve_base(
+    adapter: Path, name: str | None = None, *, trust_remote_code: bool = False, weights: bool = True
+) -> Source:
+    """The base of a checked adapter folder, found and held against the hashes that were kept with the adapter.
+
+    Args:
+        name: a base to take in place of the one that the adapter names.
+
+    Raises:
+        EngineError: E4.11 where the adapter names no base, or was trained on another one.
+    """
+    revision = None
+    if name is None:
+        name, revision = _base_of_adapter(adapter)
+    folder = resolve(name, revision=revision, trust_remote_code=trust_remote_code, weights=weights)
+    source = Source(name, revision, folder)
+    if weights:
+        _check_base(adapter, source)
+    return source
+
+
+def _base_of_adapter(adapter: Path) -> tuple[str, str | None]:
+    """(name, revision) of the base an adapter was trained on: peft's record first, then our own."""
+    recorded = base_record(adapter).get("name")
     config = check_adapter_config(adapter)
-    name = config.get("base_model_name_or_path") or record.get("name")
+    name = config.get("base_model_name_or_path") or recorded
     if not name:
         raise EngineError("E4.11", "the adapter does not say which base it belongs to", str(adapter), "name the base")
-    recorded = record.get("name")
     if recorded and not Path(name).is_dir() and Path(recorded).is_dir():
         name = recorded  # the folder was moved together with the project: its relative name still holds
     return name, config.get("revision")
 
 
-def check_base(adapter: Path, base_folder: Path) -> None:
-    """The base is the one that the adapter was trained on, by the hashes kept with the adapter."""
-    if not (adapter / BASE_FILE).is_file():
-        return
-    wanted = read_json(adapter / BASE_FILE)
-    found = identify(str(wanted.get("name")), None, base_folder)
+def _check_base(adapter: Path, source: Source) -> None:
+    wanted = base_record(adapter)
+    found = identify(source).to_dict() if wanted else {}
     for key in ("config_sha256", "weights_sha256"):
-        expected = wanted.get(key)
-        if expected is not None and expected != getattr(found, key):
-            raise EngineError(
-                "E4.11",
-                f"the adapter was trained on another model than this one ({key} differs)",
-                f"{adapter} on {base_folder}",
-                f"give it the base it was trained on: {wanted.get('name')}",
-            )
+        if wanted.get(key) is not None and wanted[key] != found[key]:
+            what = f"the adapter was trained on another model than this one ({key} differs)"
+            advice = f"give it the base it was trained on: {wanted.get('name')}"
+            raise EngineError("E4.11", what, f"{adapter} on {source.folder}", advice)

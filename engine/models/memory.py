@@ -11,14 +11,13 @@ import copy
 import logging
 import math
 import os
-import resource
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from engine.models import adapters, build, configuration, hub, tokenization, weights
+from engine import families
+from engine.models import adapters, configuration, hub, tokenization, weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -27,14 +26,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("engine.memory")
 
-_LAYER_KEYS = {  # of a configuration: how deep the model is, one key per stack of layers
-    "t5": ("num_layers", "num_decoder_layers"),
-    "mt5": ("num_layers", "num_decoder_layers"),
-    "umt5": ("num_layers", "num_decoder_layers"),
-    "bart": ("encoder_layers", "decoder_layers"),
-    "mbart": ("encoder_layers", "decoder_layers"),
-    "pegasus": ("encoder_layers", "decoder_layers"),
-}
 _QUANT_BLOCK, _SCALE_BLOCK = 64, 256  # bitsandbytes: weights per scale, scales per scale of scales
 _OPTIMIZER_BLOCK, _OPTIMIZER_MIN = 256, 4096  # bitsandbytes: 8-bit states of a block; smaller tensors keep 32 bits
 _PARTS = (
@@ -64,7 +55,7 @@ def estimate(
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if precision is None:
         wanted = recipe.training.precision
-        precision = build.default_precision(device) if wanted == "auto" else wanted
+        precision = weights.default_precision(device) if wanted == "auto" else wanted
     config, new_tokens = _config(recipe)
     model = _hollow_model(config, recipe, precision, new_tokens)
     shape = _shape(recipe, config)
@@ -122,19 +113,6 @@ def device_bytes(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def measured_peak(device: torch.device) -> float:
-    """GiB that this process has held at most: of the GPU where it uses one, else of resident memory.
-
-    `getrusage` answers for the parent of a forked process as well, so Linux's own count of this process is asked first.
-    """
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    status = Path("/proc/self/status")
-    lines = status.read_text(encoding="utf-8").splitlines() if status.exists() else []
-    fallback = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return next((int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), fallback) / 2**20
-
-
 def _size(count: int) -> str:
     return f"{count / 2**30:8.2f} GiB" if count >= 2**29 else f"{count / 2**20:8.1f} MiB"
 
@@ -149,33 +127,24 @@ def _config(recipe: Recipe) -> tuple[PreTrainedConfig, int]:
     if settings.name_or_path is not None:
         folder = hub.resolve(settings.name_or_path, revision=settings.revision, weights=False)
         if hub.is_adapter(folder):
-            name, revision = hub.base_of_adapter(folder)
-            folder = hub.resolve(name, revision=revision, weights=False)
+            folder = hub.resolve_base(folder, weights=False).folder
     config = configuration.load_config(settings, folder)
     if settings.init == "random":
         if recipe.tokenizer.name_or_path is None and folder is None:
             config.vocab_size = recipe.tokenizer.train_vocab_size or tokenization.DEFAULT_VOCABULARY
         return config, 0
-    new = _new_tokens(recipe.tokenizer.name_or_path, folder, added)
-    if new and folder is not None:
-        config.vocab_size = max(config.vocab_size, _vocabulary(recipe.tokenizer.name_or_path, folder) + new)
+    if folder is None:
+        return config, len(added)
+    name = recipe.tokenizer.name_or_path
+    where = folder if name is None else hub.resolve(name, weights=False)
+    if not tokenization.has_tokenizer(where):
+        return config, len(added)
+    tokenizer = tokenization.load_tokenizer(where)
+    known = tokenizer.get_vocab()
+    new = sum(token not in known for token in added)
+    if new:
+        config.vocab_size = max(config.vocab_size, len(tokenizer) + new)
     return config, new
-
-
-def _tokenizer_folder(name: str | None, folder: Path) -> Path:
-    return hub.resolve(name, weights=False) if name is not None else folder
-
-
-def _new_tokens(name: str | None, folder: Path | None, added: list[str]) -> int:
-    if folder is None or not tokenization.has_tokenizer(where := _tokenizer_folder(name, folder)):
-        return len(added)
-    known = tokenization.load_tokenizer(where).get_vocab()
-    return sum(token not in known for token in added)
-
-
-def _vocabulary(name: str | None, folder: Path) -> int:
-    where = _tokenizer_folder(name, folder)
-    return len(tokenization.load_tokenizer(where)) if tokenization.has_tokenizer(where) else 0
 
 
 def _hollow_model(config: PreTrainedConfig, recipe: Recipe, precision: str, new_tokens: int) -> nn.Module:
@@ -265,20 +234,16 @@ def _cache_bytes(config: PreTrainedConfig, shape: dict[str, int], precision: str
     heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", 1)
     size = getattr(config, "head_dim", None) or getattr(config, "d_kv", None)
     hidden = heads * (size or config.hidden_size // config.num_attention_heads)
-    layers = getattr(config, _layer_keys(config)[-1])
+    layers = getattr(config, families.of(config.model_type).depths[-1])
     slots = shape["source"] + shape["beams"] * shape["new_tokens"]
     return 2 * layers * shape["decoded_examples"] * slots * hidden * width
-
-
-def _layer_keys(config: PreTrainedConfig) -> tuple[str, ...]:
-    return _LAYER_KEYS.get(config.model_type, ("num_hidden_layers",))
 
 
 def _activations(
     config: PreTrainedConfig, recipe: Recipe, precision: str, new_tokens: int, shape: dict[str, int]
 ) -> int:
     """Bytes that autograd keeps for the backward pass; with checkpointing, layer inputs and one layer's activations."""
-    keys = _layer_keys(config)
+    keys = families.of(config.model_type).depths
     depths = [getattr(config, key) for key in keys]
     attention = recipe.model.attn_implementation
 
@@ -336,17 +301,18 @@ def saved_bytes(model: nn.Module, shape: dict[str, int], precision: str) -> int:
 
 def _give_shapes(model: nn.Module) -> None:
     """Move meta weights into the current FakeTensorMode, where they act as tensors of a real device."""
-    moved: dict[int, Any] = {}
+    moved: dict[int, Tensor] = {}  # tied weights stay one tensor
     for module in model.modules():
         for store in (module._parameters, module._buffers):
-            for name, tensor in store.items():
-                if tensor is None:
-                    continue
-                if id(tensor) not in moved:
-                    empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-                    is_weight = isinstance(tensor, nn.Parameter)
-                    moved[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_weight else empty
-                store[name] = moved[id(tensor)]
+            store |= {name: _shaped(tensor, moved) for name, tensor in store.items() if tensor is not None}
+
+
+def _shaped(tensor: Tensor, moved: dict[int, Tensor]) -> Tensor:
+    """An empty tensor like `tensor`: the one in `moved` if that has met it before."""
+    if id(tensor) not in moved:
+        empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+        moved[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+    return moved[id(tensor)]
 
 
 def _inputs(model: nn.Module, shape: dict[str, int]) -> dict[str, Tensor]:

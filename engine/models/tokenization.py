@@ -37,20 +37,14 @@ _MAX_TRAINING_SENTENCES = 2_000_000
 def for_recipe(recipe: Recipe, model_folder: Path | None, family: str) -> PreTrainedTokenizerFast:
     """The recipe's tokenizer, or the model's, or one trained on the training file for a random model."""
     settings = recipe.tokenizer
-    trusted = recipe.model.trust_remote_code
     if settings.name_or_path is not None:
         return load_tokenizer(hub.resolve(settings.name_or_path, weights=False))
-    if model_folder is not None and has_tokenizer(model_folder) and not settings.train_vocab_size:
-        return load_tokenizer(model_folder, trust_remote_code=trusted)
-    if recipe.model.init != "random":
-        if settings.train_vocab_size:
-            raise EngineError(
-                "E2.50",
-                "a pretrained model keeps its own tokenizer",
-                "tokenizer.train_vocab_size",
-                "drop it, or set model.init=random",
-            )
-        return load_tokenizer(model_folder, trust_remote_code=trusted)
+    random, train = recipe.model.init == "random", settings.train_vocab_size
+    if train and not random:
+        what = "a pretrained model keeps its own tokenizer"
+        raise EngineError("E2.50", what, "tokenizer.train_vocab_size", "drop it, or set model.init=random")
+    if not random or (model_folder is not None and has_tokenizer(model_folder) and not train):
+        return load_tokenizer(model_folder, trust_remote_code=recipe.model.trust_remote_code)
     return train_tokenizer(
         _training_texts(recipe),
         vocabulary_size=settings.train_vocab_size,
@@ -61,10 +55,8 @@ def for_recipe(recipe: Recipe, model_folder: Path | None, family: str) -> PreTra
 
 
 def has_tokenizer(folder: Path) -> bool:
-    return any(
-        (folder / name).is_file()
-        for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-    )
+    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+    return any((folder / name).is_file() for name in names)
 
 
 def _training_texts(recipe: Recipe) -> Iterator[str]:
@@ -72,22 +64,21 @@ def _training_texts(recipe: Recipe) -> Iterator[str]:
 
     settings = recipe.data
     if settings.train_file is None:
-        raise EngineError(
-            "E2.51",
-            "no tokenizer is given and there is no training file to train one on",
-            "tokenizer.name_or_path",
-            "set data.train_file or tokenizer.name_or_path",
-        )
-    examples = read_examples(settings.train_file, settings, require_summary=True)
-    for example in examples:
-        yield example.dialogue
-        yield example.references[0]
+        what = "no tokenizer is given and there is no training file to train one on"
+        raise EngineError("E2.51", what, "tokenizer.name_or_path", "set data.train_file or tokenizer.name_or_path")
+    for example in read_examples(settings.train_file, settings, require_summary=True):
+        yield from (example.dialogue, example.references[0])
 
 
-def spellings_of_new_tokens(tokenizer: PreTrainedTokenizerFast, added_tokens: Sequence[str]) -> dict[str, list[int]]:
-    """Each token that is missing from the vocabulary -> ids of the pieces it has been spelled with until now."""
+def with_added_tokens(
+    tokenizer: PreTrainedTokenizerFast, tokens: Sequence[str], model_type: str
+) -> tuple[PreTrainedTokenizerFast, dict[int, list[int]]]:
+    """The tokenizer prepared for training with `tokens` in it, and for each new id the ids that it was spelled with."""
     known = tokenizer.get_vocab()
-    return {token: tokenizer.encode(token, add_special_tokens=False) for token in added_tokens if token not in known}
+    spelled = {token: tokenizer.encode(token, add_special_tokens=False) for token in tokens if token not in known}
+    name = tokenizer.name_or_path or "trained here"
+    tokenizer = prepare(tokenizer, tokens, name=name, model_type=model_type)
+    return tokenizer, {tokenizer.convert_tokens_to_ids(token): ids for token, ids in spelled.items()}
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerFast:
@@ -106,9 +97,8 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
                 folder, trust_remote_code=trust_remote_code, local_files_only=True
             )
     except Exception as error:  # transformers and tokenizers raise many unrelated types on a bad file
-        raise EngineError(
-            "E4.12", f"no usable tokenizer: {error}", str(folder), "set tokenizer.name_or_path"
-        ) from error
+        what = f"no usable tokenizer: {error}"
+        raise EngineError("E4.12", what, str(folder), "set tokenizer.name_or_path") from error
     tokenizer.clean_up_tokenization_spaces = False  # it would turn " ." into "." in decoded Korean text as well
     return tokenizer
 
@@ -136,32 +126,23 @@ def prepare(
 def ensure_end_and_pad(tokenizer: PreTrainedTokenizerFast, name: str) -> None:
     """An end token is needed; for a missing pad token the unknown or the end token stands in."""
     if tokenizer.eos_token_id is None:
-        raise EngineError(
-            "E4.6",
-            "the tokenizer has no end token, so a model could never learn to stop",
-            name,
-            "choose another tokenizer, or add eos_token to its tokenizer_config.json",
-        )
+        what = "the tokenizer has no end token, so a model could never learn to stop"
+        raise EngineError("E4.6", what, name, "choose another tokenizer, or add eos_token to its tokenizer_config.json")
     if tokenizer.pad_token_id is None:
         unknown = tokenizer.unk_token_id is not None and tokenizer.unk_token_id != tokenizer.eos_token_id
         tokenizer.pad_token = tokenizer.unk_token if unknown else tokenizer.eos_token
         log.info("tokenizer %s has no pad token; using %r", name, tokenizer.pad_token)
 
 
-def add_tokens(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[str]) -> int:
-    """Add the tokens that are not yet a single id, as ordinary tokens: special ones would vanish from summaries.
-
-    Returns:
-        How many were new.
-    """
+def add_tokens(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[str]) -> None:
+    """Add the tokens that are not yet a single id, as ordinary tokens: special ones would vanish from summaries."""
     from transformers import AddedToken
 
-    known = tokenizer.get_vocab()
-    missing = [AddedToken(token, normalized=False, special=False) for token in tokens if token not in known]
+    known, registered = tokenizer.get_vocab(), tokenizer.added_tokens_encoder
+    added = [AddedToken(token, normalized=False, special=False) for token in tokens if token not in registered]
     # Tokens of the vocabulary itself are registered too: before, they were found only where the merges led there.
-    present = [AddedToken(token, normalized=False, special=False) for token in tokens if token in known]
-    tokenizer.add_tokens([token for token in present if token.content not in tokenizer.added_tokens_encoder])
-    return tokenizer.add_tokens(missing)
+    tokenizer.add_tokens([token for token in added if token.content in known])
+    tokenizer.add_tokens([token for token in added if token.content not in known])
 
 
 def _keep_spacing_around_added_tokens(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
@@ -170,13 +151,11 @@ def _keep_spacing_around_added_tokens(tokenizer: PreTrainedTokenizerFast) -> Pre
     SentencePiece-style tokenizers put a mark before every stretch of text; an added token splits the text, and the
     particle behind it would come back as a new word.
     """
-    backend = tokenizer.backend_tokenizer
-    state = json.loads(backend.to_str())
-    changed = _prepend_only_first(state)
-    if not changed:
-        return tokenizer
     from tokenizers import Tokenizer
 
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    if not _prepend_only_first(state):
+        return tokenizer
     return _as_plain_class(tokenizer, Tokenizer.from_str(json.dumps(state)))
 
 
@@ -242,12 +221,9 @@ def check_round_trip(tokenizer: PreTrainedTokenizerFast, added_tokens: Sequence[
                 continue  # letters outside the vocabulary are lost with or without added tokens
             back = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
             if ids.count(tokenizer.convert_tokens_to_ids(token)) != 2 or back.strip() != text:
-                raise EngineError(
-                    "E4.7",
-                    f"added token {token!r} does not survive: {text!r} comes back as {back!r}",
-                    f"tokenizer of {name}",
-                    "take the token out of tokenizer.added_tokens, or use another tokenizer",
-                )
+                what = f"added token {token!r} does not survive: {text!r} comes back as {back!r}"
+                advice = "take the token out of tokenizer.added_tokens, or use another tokenizer"
+                raise EngineError("E4.7", what, f"tokenizer of {name}", advice)
 
 
 def _as_reloadable(
@@ -258,12 +234,8 @@ def _as_reloadable(
         return tokenizer
     plain = _as_plain_class(tokenizer, copy.deepcopy(tokenizer.backend_tokenizer))
     if not _reloads_alike(plain, added_tokens, model_type):
-        raise EngineError(
-            "E4.7",
-            "the tokenizer does not come back the same from a saved folder",
-            f"tokenizer of {name}",
-            "use another tokenizer",
-        )
+        what = "the tokenizer does not come back the same from a saved folder"
+        raise EngineError("E4.7", what, f"tokenizer of {name}", "use another tokenizer")
     return plain
 
 
@@ -302,57 +274,51 @@ def train_tokenizer(
         causal: begin each text with `<s>`; otherwise end each source with `</s>`.
 
     Raises:
-        EngineError: E3.33 where there is no text to train on.
+        EngineError: E3.33 where there is no text to train on, E2.55 where the vocabulary is too small for it.
     """
-    import sentencepiece
-
     sentences = _training_sentences(texts, added_tokens)
     if not sentences:
         raise EngineError("E3.33", "no text to train a tokenizer on", "data.train_file", "check the file")
     wanted = (vocabulary_size or DEFAULT_VOCABULARY) - len(added_tokens) - 1  # and the newline
-    characters = len(set("".join(sentences)))
+    too_small = f"tokenizer.train_vocab_size={vocabulary_size} is too small"
     if wanted < len(SPECIAL_TOKENS) + _BYTES + 1:
-        raise EngineError(
-            "E2.55",
-            f"tokenizer.train_vocab_size={vocabulary_size} is too small: bytes, special and added tokens alone take "
-            f"{len(SPECIAL_TOKENS) + _BYTES + len(added_tokens) + 2}",
-            "recipe",
-            "raise it",
-        )
-    model = io.BytesIO()
+        least = len(SPECIAL_TOKENS) + _BYTES + len(added_tokens) + 2
+        what = f"{too_small}: bytes, special and added tokens alone take {least}"
+        raise EngineError("E2.55", what, "recipe", "raise it")
+    characters = len(set("".join(sentences)))
+    # Cover all characters where there is room, else the frequent ones; the rest is spelled in bytes.
+    coverage = 1.0 if characters < (wanted - _BYTES) // 2 else 0.9995
     try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(sentences),
-            model_writer=model,
-            model_type=kind,
-            vocab_size=wanted,
-            # Cover all characters where there is room, else the frequent ones; the rest is spelled in bytes.
-            character_coverage=1.0 if characters < (wanted - _BYTES) // 2 else 0.9995,
-            byte_fallback=True,
-            hard_vocab_limit=False,
-            normalization_rule_name="identity",  # done by the fast tokenizer's own normaliser and by _training_sentences
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            max_sentence_length=65536,
-            num_threads=1,  # more threads add up frequencies in another order
-            pad_id=0,
-            unk_id=1,
-            bos_id=2,
-            eos_id=3,
-            pad_piece="<pad>",
-            unk_piece="<unk>",
-            bos_piece="<s>",
-            eos_piece="</s>",
-            minloglevel=2,
-        )
+        model = _train_pieces(sentences, kind, wanted, coverage)
     except RuntimeError as error:  # its only word on a vocabulary without room for the characters
-        raise EngineError(
-            "E2.55",
-            f"tokenizer.train_vocab_size={vocabulary_size} is too small for the {characters} characters of the texts",
-            "recipe",
-            "raise it",
-        ) from error
-    return _fast_tokenizer(model.getvalue(), kind, added_tokens, causal)
+        what = f"{too_small} for the {characters} characters of the texts"
+        raise EngineError("E2.55", what, "recipe", "raise it") from error
+    return _fast_tokenizer(model, kind, added_tokens, causal)
+
+
+def _train_pieces(sentences: list[str], kind: str, size: int, coverage: float) -> bytes:
+    """A SentencePiece model of `size` pieces. Raises: RuntimeError where they are too few for the characters."""
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences),
+        model_writer=model,
+        model_type=kind,
+        vocab_size=size,
+        character_coverage=coverage,
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        normalization_rule_name="identity",  # done by the fast tokenizer's own normaliser and by _training_sentences
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        max_sentence_length=65536,
+        num_threads=1,  # more threads add up frequencies in another order
+        minloglevel=2,
+        **{f"{name}_id": place for place, name in enumerate(("pad", "unk", "bos", "eos"))},
+        **{f"{name}_piece": SPECIAL_TOKENS[f"{name}_token"] for name in ("pad", "unk", "bos", "eos")},
+    )
+    return model.getvalue()
 
 
 def _training_sentences(texts: Iterable[str], added_tokens: Sequence[str]) -> list[str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import EngineError
+from engine.generation.modelstate import bare
 from engine.models import adapters, hub
 from engine.models.hub import first_line
 
@@ -63,12 +66,8 @@ def load_folder(
             **arguments,
         )
     except torch.OutOfMemoryError as error:
-        raise EngineError(
-            "E8.2",
-            "the device has too little memory for the weights alone",
-            str(folder),
-            "try quantization.load_in_4bit=true",
-        ) from error
+        what = "the device has too little memory for the weights alone"
+        raise EngineError("E8.2", what, str(folder), "try quantization.load_in_4bit=true") from error
     except Exception as error:  # transformers raises many unrelated types on a bad folder
         what = f"the weights cannot be loaded: {first_line(error)}"
         raise EngineError("E4.8", what, str(folder), "check the folder, or download it again") from error
@@ -77,12 +76,8 @@ def load_folder(
     missing = sorted(info["missing_keys"])
     if missing:
         names = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
-        raise EngineError(
-            "E4.8",
-            f"{len(missing)} weights are missing and would be random: {names}",
-            str(folder),
-            "use a checkpoint of the whole model with its output head",
-        )
+        what = f"{len(missing)} weights are missing and would be random: {names}"
+        raise EngineError("E4.8", what, str(folder), "use a checkpoint of the whole model with its output head")
     if is_untied(model):
         # T5's configuration always says "tied"; believed, it would overwrite the output head at the next resize.
         model.config.tie_word_embeddings = False
@@ -149,21 +144,14 @@ def recompute_activations(model: nn.Module, *, frozen_embeddings: bool) -> None:
         model.enable_input_require_grads()
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model without DistributedDataParallel and torch.compile around it."""
-    while hasattr(model, "module") or hasattr(model, "_orig_mod"):
-        model = model.module if hasattr(model, "module") else model._orig_mod
-    return model
-
-
 def is_adapted(model: nn.Module) -> bool:
-    return hasattr(unwrap(model), "peft_config")
+    return hasattr(bare(model), "peft_config")
 
 
 def trainable_state(model: nn.Module) -> dict[str, Tensor]:
     """All weights that training changes, by name: the whole model, or the adapter without its base."""
-    bare = unwrap(model)
-    return adapters.adapter_tensors(bare) if is_adapted(bare) else dict(bare.state_dict())
+    model = bare(model)
+    return adapters.adapter_tensors(model) if is_adapted(model) else dict(model.state_dict())
 
 
 @torch.no_grad()
@@ -175,13 +163,13 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
     """
     from safetensors.torch import load_file
 
-    bare, folder = unwrap(model), Path(folder)
+    model, folder = bare(model), Path(folder)
     hub.check_folder(folder)
     stored: dict[str, Tensor] = {}
-    pattern = "adapter_model*.safetensors" if is_adapted(bare) else "model*.safetensors"
+    pattern = "adapter_model*.safetensors" if is_adapted(model) else "model*.safetensors"
     for path in sorted(folder.glob(pattern)):
         stored |= load_file(path)
-    own = trainable_state(bare)
+    own = trainable_state(model)
     tied = _tied_names(own)
     missing = [name for name in own if name not in stored and not tied[name] & stored.keys()]
     unexpected = [name for name in stored if name not in own]
@@ -191,13 +179,8 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
             f"weights do not fit: {len(missing)} missing, {len(unexpected)} unexpected, {len(shapes)} of another shape"
         )
         first = (missing + unexpected + shapes)[0]
-        raise EngineError(
-            "E5.10",
-            what,
-            f"{folder}, first {first}",
-            "use the checkpoint's own recipe",
-            safe="the model was not changed",
-        )
+        advice = "use the checkpoint's own recipe"
+        raise EngineError("E5.10", what, f"{folder}, first {first}", advice, safe="the model was not changed")
     for name, tensor in stored.items():
         own[name].copy_(tensor)
 
@@ -208,3 +191,34 @@ def _tied_names(tensors: dict[str, Tensor]) -> dict[str, set[str]]:
     for name, tensor in tensors.items():
         by_memory.setdefault((tensor.data_ptr(), tensor.shape, tensor.device), set()).add(name)
     return {name: by_memory[(tensor.data_ptr(), tensor.shape, tensor.device)] for name, tensor in tensors.items()}
+
+
+def default_precision(device: torch.device) -> str:
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if bf16 else "fp32"
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Random weights by `seed` on every rank, with the caller's random stream untouched."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """transformers' advice and bars while loading are not for users of this program; its errors stay."""
+    from transformers.utils import logging as hf_logging
+
+    level = hf_logging.get_verbosity()
+    bars = hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if bars:
+            hf_logging.enable_progress_bar()

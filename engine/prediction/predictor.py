@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from engine.data.prompts import PromptSettings
 from engine.errors import EngineError
-from engine.models import build
+from engine.models.load import load_trained
 from engine.prediction.files import examples_of
 from engine.prediction.submission import submission_table, without_empty, write_submission
 from engine.prediction.summarizer import Summarizer, Summary
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from engine.data.encode import Feature
     from engine.data.rows import Example
-    from engine.models.build import ModelBundle
+    from engine.models.bundle import ModelBundle
 
 log = logging.getLogger("engine.predict")
 
@@ -69,7 +69,7 @@ class Predictor:
         folder = model_folder(Path(path))
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        bundle = build.load_trained(folder, device=torch.device(device), precision=precision, base=base)
+        bundle = load_trained(folder, device=torch.device(device), precision=precision, base=base)
         return cls(bundle, recipe_of(folder))
 
     def override(self, recipe: Recipe) -> None:

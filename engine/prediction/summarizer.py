@@ -22,7 +22,7 @@ from engine.prediction.postprocess import RULES, postprocess
 
 if TYPE_CHECKING:
     from engine.data.encode import Feature, TextEncoder
-    from engine.models.build import ModelBundle
+    from engine.models.bundle import ModelBundle
     from engine.recipe.schema import Generation
     from engine.runtime.process import Runtime
 

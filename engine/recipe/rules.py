@@ -10,13 +10,12 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from engine import families
 from engine.recipe.schema import Recipe
 
 Finding = tuple[str, str]
 COMMIT = re.compile(r"[0-9a-f]{40}\Z")
 T5_NAME = re.compile(r"t5(?![a-z])|\bul2\b", re.IGNORECASE)
-T5_TYPES = {"t5", "mt5", "umt5", "longt5"}
-SEQ2SEQ_TYPES = T5_TYPES | {"bart", "mbart", "pegasus", "led", "blenderbot", "marian", "m2m_100"}
 # A config may name code to be loaded; a recipe may not.
 CODE_IN_CONFIG = {"auto_map", "auto_class", "custom_generate", "trust_remote_code", "quantization_config"}
 PATHS = ("experiment.output_root", "experiment.output_dir", "data.train_file", "data.validation_file", "data.test_file")
@@ -25,16 +24,16 @@ PATHS = ("experiment.output_root", "experiment.output_dir", "data.train_file", "
 def is_t5(recipe: Recipe) -> bool:
     """Whether name or config say T5, whose activations leave the range of fp16."""
     model_type = (recipe.model.config or {}).get("model_type")
-    return model_type in T5_TYPES or bool(T5_NAME.search(recipe.model.name_or_path or ""))
+    return not families.of(model_type).fits_fp16 or bool(T5_NAME.search(recipe.model.name_or_path or ""))
 
 
 def is_seq2seq(recipe: Recipe) -> bool:
-    """Whether family, config or name say encoder-decoder; models.py knows better once the config is read."""
+    """Whether family, config or name say encoder-decoder; engine/models knows better once the config is read."""
     if recipe.model.family != "auto":
         return recipe.model.family == "seq2seq"
     model_type = (recipe.model.config or {}).get("model_type")
     if model_type is not None:
-        return model_type in SEQ2SEQ_TYPES
+        return families.of(model_type).kind == "seq2seq"
     return is_t5(recipe) or "bart" in (recipe.model.name_or_path or "").lower()
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from engine.errors import EngineError
 
+_MAX_JSON_BYTES = 64 * 2**20  # ours have kilobytes, the largest weight indexes some megabytes
 _GO_ON = "free some space or choose another experiment.output_dir, then run again with --resume auto"
 # Callables `(point, path)` met on the way through a save. Only tests fill this list, to kill or to fail there.
 fail_points: list[Callable[[str, Path], None]] = []
@@ -58,13 +59,28 @@ def write_json_atomically(path: Path, value: Any, *, durable: bool = True) -> No
     write_text_atomically(path, text, durable=durable)
 
 
-def read_json(path: Path) -> Any:
-    """Strict JSON of a file. Raises ValueError where it is not, OSError where there is none."""
+def read_json(path: Path, *, strict: bool = True) -> dict[str, Any]:
+    """The JSON object that a file holds.
 
-    def refuse(name: str) -> None:
-        raise ValueError(f"{name} is not JSON")
+    Args:
+        strict: refuse NaN and Infinity, which JSON does not have; model configurations write them all the same.
 
-    return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+    Raises:
+        ValueError: not a JSON object, or larger than 64 MiB.
+        OSError: no such file.
+    """
+
+    def constant(name: str) -> float:
+        if strict:
+            raise ValueError(f"{name} is not JSON")
+        return float(name)
+
+    if path.stat().st_size > _MAX_JSON_BYTES:
+        raise ValueError(f"larger than {_MAX_JSON_BYTES >> 20} MiB")
+    value = json.loads(path.read_text(encoding="utf-8"), parse_constant=constant)
+    if not isinstance(value, dict):
+        raise ValueError(f"not a JSON object but {value!r}"[:80])
+    return value
 
 
 def sha256_of(path: Path) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import sys
 import threading
@@ -111,8 +110,6 @@ def main_guard(main: Callable[[], int | None]) -> int:
     wants_trace = "--traceback" in sys.argv
     if not wants_trace:
         warnings.simplefilter("ignore")
-        # On CPUs bitsandbytes asks for a package that fetches compiled code from a hub; this project keeps it out.
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
             os.environ.setdefault(name, "error")
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

@@ -15,7 +15,7 @@ from engine.training.losses import summed_cross_entropy
 
 if TYPE_CHECKING:
     from engine.data.encode import Feature
-    from engine.models.build import ModelBundle
+    from engine.models.bundle import ModelBundle
     from engine.recipe.schema import Recipe
     from engine.runtime.process import Runtime
 

@@ -152,8 +152,6 @@ def already_complete(run_dir: Path, runtime: Runtime) -> dict[str, Any]:
     path = run_dir / "results.json"
     try:
         record = read_json(path)
-        if not isinstance(record, dict):
-            raise ValueError(f"it holds {record!r}"[:60])
     except (OSError, ValueError) as error:
         what = f"the run is complete, but its results cannot be read: {error}"
         next = f"remove {run_dir / STATUS}; then --resume auto writes the results again, from the last checkpoint"

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from engine.checkpoints.host_copies import weights_of
 from engine.checkpoints.store import EngineState
 from engine.data.collate import IGNORE_INDEX
-from engine.models import build, memory
+from engine.models.bundle import save_model
 from engine.runtime import signals
+from engine.runtime.peak_memory import measured_peak
 from engine.training import evaluation, nonfinite, optim
 from engine.training.state import TrainerState, Update, Window
 from engine.training.tracking import Tracker, write_predictions
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from engine.data.encode import Feature
     from engine.data.rows import Example
     from engine.data.windows import WindowSampler
-    from engine.models.build import ModelBundle
+    from engine.models.bundle import ModelBundle
     from engine.prediction.summarizer import Summarizer
     from engine.recipe.schema import Recipe
     from engine.runtime.process import Runtime
@@ -162,7 +163,7 @@ class Job:
             "samples_per_second": state.interval_samples / seconds,
             "seconds": state.interval_seconds,
             "skipped_updates": state.skipped,
-            "peak_memory_gib": memory.measured_peak(self.runtime.device),
+            "peak_memory_gib": measured_peak(self.runtime.device),
             "sample_ids_sha256": hashlib.sha256("\n".join(window.ids).encode()).hexdigest(),
         }
         if self.scaler.is_enabled():
@@ -261,7 +262,7 @@ class Job:
                 **self.learner.states(),
             ),
             weights=lambda: weights_of(self.bundle.model),
-            write_model=lambda folder, weights: build.save_model(self.bundle, folder, state_dict=weights),
+            write_model=lambda folder, weights: save_model(self.bundle, folder, state_dict=weights),
             metrics={metric: state.evaluated_value} if scored and math.isfinite(state.evaluated_value) else None,
         )
         self.clock = time.perf_counter()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from engine.data.collate import IGNORE_INDEX
+from engine.generation.modelstate import bare
 
 
 def aligned_labels(batch: Mapping[str, Tensor]) -> Tensor:
@@ -66,11 +67,6 @@ def summed_cross_entropy(model: nn.Module, batch: Mapping[str, Tensor], *, label
         (labels != IGNORE_INDEX).nonzero().squeeze(1)
     )  # (N,); a host sync on GPUs, paid back by the smaller head
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-    with _head_sees_only(_lm_head(model), positions):
+    with _head_sees_only(bare(model).get_output_embeddings(), positions):
         logits = model(**inputs, use_cache=False).logits  # (N, V)
     return F.cross_entropy(logits.float(), labels[positions], reduction="sum", label_smoothing=label_smoothing)
-
-
-def _lm_head(model: nn.Module) -> nn.Module:
-    bare = getattr(model, "module", model)  # DistributedDataParallel keeps the model in `.module`
-    return bare.get_output_embeddings()

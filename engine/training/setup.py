@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from engine.data.encode import Feature, TextEncoder
     from engine.data.rows import Example
-    from engine.models.build import ModelBundle
+    from engine.models.bundle import ModelBundle
     from engine.recipe.schema import Recipe
     from engine.runtime.process import Runtime
     from engine.runtime.run_folder import RunFolder

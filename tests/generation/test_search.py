@@ -26,6 +26,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation import MinLengthLogitsProcessor, StoppingCriteria, StoppingCriteriaList
 from transformers.modeling_outputs import BaseModelOutput
 
+from engine import families
 from engine.generation import decoder, graphs, search
 from engine.generation.cache import TreeCache
 
@@ -480,7 +481,7 @@ def test_hand_back_of_sliding_windows():  # 80
 
 @pytest.mark.parametrize("family", OTHERS)
 def test_other_families(family):
-    assert set(OTHERS) | set(FAMILIES) == search.VERIFIED_MODEL_TYPES
+    assert set(OTHERS) | set(FAMILIES) == {name for name, row in families.FAMILIES.items() if row.verified}
     for seed in range(2):
         model = build(family, seed)
         native = search._tells_attentions_apart(model)  # false for UMT5 before transformers 5.23
@@ -559,7 +560,7 @@ def test_steps_of_fixed_shape_with_leaving_examples(family, fixed_shapes):
     check(model, **batch(model, lengths=(9, 3, 5, 7, 2, 8)), num_beams=3, max_new_tokens=30, **ends)
 
 
-@pytest.mark.parametrize("family", sorted(graphs.CAPTURABLE_MODEL_TYPES))
+@pytest.mark.parametrize("family", sorted(name for name, row in families.FAMILIES.items() if row.capturable))
 def test_steps_of_fixed_shape_never_wait_for_the_device(family, fixed_shapes, monkeypatch):
     """A capture fails at the first value that Python wants to know."""
     inner = graphs.StaticStep._run

@@ -14,8 +14,10 @@ from generation_toys import one_thread  # noqa: F401
 
 from engine.errors import EngineError
 from engine.models import adapters
-from engine.models import build as models_build
 from engine.models import weights as models_weights
+from engine.models.build import build_model
+from engine.models.bundle import save_model
+from engine.models.load import load_trained
 from engine.recipe.schema import Lora, Quantization, Recipe
 from engine.training.losses import summed_cross_entropy
 
@@ -91,8 +93,8 @@ def test_frozen_rows_of_new_tokens_are_still_saved(tmp_path):
     train(bundle, "llama")
     snapshot = {name: p.detach().clone() for name, p in bundle.model.named_parameters() if p.requires_grad}
     for state in (None, snapshot):
-        models_build.save_model(bundle, tmp_path / "saved", state_dict=state)
-        again = models_build.load_trained(tmp_path / "saved", device=CPU)
+        save_model(bundle, tmp_path / "saved", state_dict=state)
+        again = load_trained(tmp_path / "saved", device=CPU)
         assert torch.equal(logits(bundle.model, "llama"), logits(again.model, "llama"))
 
 
@@ -103,8 +105,8 @@ def test_modules_to_save_are_trained_in_full_and_come_back(tmp_path):
         lora={"modules_to_save": ["norm"]},
     )
     train(bundle, "llama", precision="bf16")
-    models_build.save_model(bundle, tmp_path / "saved")
-    again = models_build.load_trained(tmp_path / "saved", device=CPU, precision="bf16")
+    save_model(bundle, tmp_path / "saved")
+    again = load_trained(tmp_path / "saved", device=CPU, precision="bf16")
     expected, found = (logits(b.model, "llama", "bf16") for b in (bundle, again))
     torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)
     fresh = build(tmp_path / "base", precision="bf16", lora={"modules_to_save": ["norm"]})
@@ -123,7 +125,7 @@ def test_an_adapter_folder_is_small_complete_and_loads_without_us(tmp_path, fami
     bundle = build(base)
     train(bundle, family)
     saved = tmp_path / "saved"
-    models_build.save_model(bundle, saved)
+    save_model(bundle, saved)
     assert sorted(p.name for p in saved.glob("*.safetensors")) == ["adapter_model.safetensors"]
     trainable = bundle.report["trainable_parameters"]
     assert (saved / "adapter_model.safetensors").stat().st_size < 4 * trainable + 20_000
@@ -131,7 +133,7 @@ def test_an_adapter_folder_is_small_complete_and_loads_without_us(tmp_path, fami
 
     auto = AutoPeftModelForCausalLM if family in tiny.CAUSAL else AutoPeftModelForSeq2SeqLM
     alone = auto.from_pretrained(saved)
-    again = models_build.load_trained(saved, device=CPU)
+    again = load_trained(saved, device=CPU)
     expected = logits(bundle.model, family)
     assert torch.equal(logits(again.model, family), expected)
     torch.testing.assert_close(logits(alone, family), expected, rtol=1e-5, atol=1e-5)
@@ -151,7 +153,7 @@ def test_an_adapter_folder_is_small_complete_and_loads_without_us(tmp_path, fami
 def test_training_goes_on_from_an_adapter_folder(tmp_path, precision):
     first = build(tiny.save("llama", tmp_path / "base"), precision=precision)
     train(first, "llama", precision=precision)
-    models_build.save_model(first, tmp_path / "saved")
+    save_model(first, tmp_path / "saved")
     second = build(tmp_path / "saved", precision=precision, lora={"r": 64})  # the adapter's own rank holds
     assert second.report["trainable_parameters"] == first.report["trainable_parameters"]
     for (name, ours), theirs in zip(
@@ -171,14 +173,14 @@ def test_training_goes_on_from_an_adapter_folder(tmp_path, precision):
 
 def test_another_base_is_refused_and_the_right_one_found_again(tmp_path):
     base = tiny.save("llama", tmp_path / "base")
-    models_build.save_model(build(base), tmp_path / "saved")
+    save_model(build(base), tmp_path / "saved")
     retrained = tiny.save("llama", tmp_path / "other", seed=1)
     with pytest.raises(EngineError, match=r"E4\.11.*weights_sha256"):
-        models_build.load_trained(tmp_path / "saved", device=CPU, base=str(retrained))
+        load_trained(tmp_path / "saved", device=CPU, base=str(retrained))
     base.rename(tmp_path / "moved")
     with pytest.raises(EngineError, match=r"E4\.1"):
-        models_build.load_trained(tmp_path / "saved", device=CPU)
-    models_build.load_trained(tmp_path / "saved", device=CPU, base=str(tmp_path / "moved"))
+        load_trained(tmp_path / "saved", device=CPU)
+    load_trained(tmp_path / "saved", device=CPU, base=str(tmp_path / "moved"))
 
 
 # 4 bits
@@ -195,10 +197,10 @@ def test_qlora_trains_and_predicts_under_every_pair_of_precisions(tmp_path, fami
     assert {p.dtype for p in bundle.model.parameters() if p.requires_grad} == {torch.float32}
     losses = train(bundle, family, updates=6, precision=trained)
     assert losses[-1] < losses[0]
-    models_build.save_model(bundle, tmp_path / "saved")
+    save_model(bundle, tmp_path / "saved")
     expected = logits(bundle.model, family, trained)
     for precision in ("fp32", "bf16", "fp16"):
-        again = models_build.load_trained(tmp_path / "saved", device=CPU, precision=precision)
+        again = load_trained(tmp_path / "saved", device=CPU, precision=precision)
         assert again.report["quantized"]
         again.model.generate(input_ids=IDS, max_new_tokens=3)
         with torch.autocast("cpu", dtype=adapters.DTYPES[precision], enabled=precision != "fp32"):
@@ -297,7 +299,7 @@ def test_loraplus_groups_hold_every_trainable_weight_once(tmp_path):
 
     training, lora = {"learning_rate": 1e-4, "weight_decay": 0.1}, {"enabled": True, "loraplus_lr_ratio": 16.0}
     recipe = Recipe(model={"name_or_path": str(tiny.save("llama", tmp_path))}, lora=lora, training=training)
-    bundle = models_build.build_model(recipe, device=CPU, precision="fp32")
+    bundle = build_model(recipe, device=CPU, precision="fp32")
     groups = setup.parameter_groups(recipe, bundle)
     names = {id(p): name for name, p in bundle.model.named_parameters() if p.requires_grad}
     seen = [names[id(p)] for group in groups for p in group["params"]]
@@ -334,7 +336,7 @@ def test_a_damaged_adapter_is_refused(tmp_path, damage):
     from safetensors.torch import load_file, save_file
 
     bundle = build(tiny.save("llama", tmp_path / "base"))
-    models_build.save_model(bundle, tmp_path / "adapter")
+    save_model(bundle, tmp_path / "adapter")
     path = tmp_path / "adapter" / "adapter_model.safetensors"
     whole = path.read_bytes()
     weights = load_file(path)
@@ -344,4 +346,4 @@ def test_a_damaged_adapter_is_refused(tmp_path, damage):
     else:
         path.write_bytes({"cut": whole[: len(whole) // 2], "empty": b"", "noise": b"\xff" * 200}[damage])
     with pytest.raises(EngineError, match=r"E4\.8: (unreadable weight file|1 weights of the adapter are missing)"):
-        models_build.load_trained(tmp_path / "adapter", device=CPU)
+        load_trained(tmp_path / "adapter", device=CPU)

@@ -159,6 +159,8 @@ def test_real_shapes_cost_nothing(tmp_path):
 def test_measured_peak_is_this_process_own(root):
     """Not that of a large parent, which Linux hands on to children in `getrusage`."""
     ballast = np.ones(200_000_000)  # 1.5 GiB
-    script = "import torch; from engine.models.memory import measured_peak; print(measured_peak(torch.device('cpu')))"
+    script = (
+        "import torch; from engine.runtime.peak_memory import measured_peak; print(measured_peak(torch.device('cpu')))"
+    )
     done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True)
     assert 0.05 < float(done.stdout) < ballast.nbytes / 2**30

@@ -12,7 +12,8 @@ import torch
 from adapted import IDS, WIDE, build, logits, train
 from generation_toys import one_thread  # noqa: F401
 
-from engine.models import build as models_build
+from engine.models.bundle import save_model
+from engine.models.load import load_trained
 
 CPU = torch.device("cpu")
 
@@ -29,7 +30,7 @@ def tool(root):
 def trained_adapter(folder, base, family, *, precision="fp32", **sections):
     bundle = build(base, precision=precision, **sections)
     train(bundle, family, precision=precision)
-    models_build.save_model(bundle, folder)
+    save_model(bundle, folder)
     return bundle
 
 
@@ -47,7 +48,7 @@ def test_merged_and_adapter_folders_load_alone_and_agree(tmp_path, tool, family,
     merged = (AutoModelForCausalLM if causal else AutoModelForSeq2SeqLM).from_pretrained(tmp_path / "merged")
     adapted = (AutoPeftModelForCausalLM if causal else AutoPeftModelForSeq2SeqLM).from_pretrained(tmp_path / "adapter")
     torch.testing.assert_close(logits(merged, family), logits(adapted, family), rtol=1e-4, atol=1e-5)
-    ours = [models_build.load_trained(tmp_path / name, device=CPU) for name in ("merged", "adapter")]
+    ours = [load_trained(tmp_path / name, device=CPU) for name in ("merged", "adapter")]
     texts = [b.model.generate(input_ids=IDS, max_new_tokens=6, do_sample=False).tolist() for b in ours]
     assert texts[0] == texts[1]
     assert ours[0].prompt == ours[1].prompt
@@ -80,7 +81,7 @@ def test_the_bases_own_type_is_kept(tmp_path, tool, dtype, name):
     from safetensors.torch import load_file
 
     base = tiny.save("llama", tmp_path / "base", **WIDE)
-    models_build.load_trained(base, device=CPU).model.to(dtype).save_pretrained(base)
+    load_trained(base, device=CPU).model.to(dtype).save_pretrained(base)
     trained_adapter(tmp_path / "adapter", base, "llama", precision="bf16")
     assert tool.merge(tmp_path / "adapter", tmp_path / "merged")["precision"] == name
     assert {t.dtype for t in load_file(tmp_path / "merged" / "model.safetensors").values()} == {dtype}

@@ -247,7 +247,7 @@ def measure(shape: str, load: Load, count: int) -> dict[str, Any]:
     import torch
 
     from engine.models import adapters, memory
-    from engine.models.build import default_precision
+    from engine.models.weights import default_precision
 
     device = torch.device("cuda", 0)
     torch.cuda.set_device(device)
