@@ -19,7 +19,7 @@ from engine.training.losses import summed_cross_entropy, supervised_tokens
 if TYPE_CHECKING:
     from engine.data.encode import Feature, TextEncoder
     from engine.data.rows import Example
-    from engine.models.build import ModelBundle
+    from engine.models.bundle import ModelBundle
     from engine.prediction.summarizer import Summarizer, Summary
     from engine.recipe.schema import Evaluation
     from engine.runtime.process import Runtime
