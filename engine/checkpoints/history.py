@@ -15,9 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.checkpoints.manifest import MANIFEST, DamagedError, verify
+from engine.checkpoints.manifest import DamagedError, verify
 from engine.errors import EngineError
 from engine.runtime.atomic import reached, read_json, write_json_atomically
+from engine.runtime.run_folder import MANIFEST
 
 log = logging.getLogger("engine.checkpoints")
 NAME = re.compile(r"checkpoint-(0|[1-9]\d{0,17})")

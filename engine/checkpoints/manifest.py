@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 from engine.errors import EngineError
 from engine.runtime.atomic import read_json, sha256_of
+from engine.runtime.run_folder import MANIFEST
 
 if TYPE_CHECKING:
     pass
 
-MANIFEST = "manifest.json"
 SCHEMA = 1
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib"}
 _REFUSED = PICKLES | {".npy", ".npz", ".msgpack", ".h5"}  # may hold pickles, or code of other libraries

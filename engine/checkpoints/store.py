@@ -29,7 +29,6 @@ from engine.checkpoints import manifest
 from engine.checkpoints.history import History
 from engine.checkpoints.host_copies import HostCopies, weights_of
 from engine.checkpoints.identity import changes, check_allowed, identity_of
-from engine.checkpoints.manifest import MANIFEST
 from engine.checkpoints.state_files import flatten_state, read_state, write_state
 from engine.errors import EngineError
 from engine.runtime.atomic import (
@@ -42,6 +41,7 @@ from engine.runtime.atomic import (
     write_json_atomically,
 )
 from engine.runtime.ranks import as_engine_error
+from engine.runtime.run_folder import MANIFEST
 
 if TYPE_CHECKING:
     from torch import Tensor

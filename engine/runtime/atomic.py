@@ -33,14 +33,15 @@ def fsync_file(path: Path) -> None:
         os.close(handle)
 
 
-def write_text_atomically(path: Path, text: str, *, durable: bool = True) -> None:
+def write_text_atomically(path: Path, text: str, *, durable: bool = True, errors: str = "strict") -> None:
     """Replace `path` by `text` so that a reader, or a crash, sees the old file or the new one and nothing between.
 
     `durable=False` skips the flush to disk: still whole after a crash of this process, not after one of the machine.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with partial.open("w", encoding="utf-8") as handle:
+        partial.unlink(missing_ok=True)  # by a killed process of the same number, or somebody's link
+        with partial.open("x", encoding="utf-8", errors=errors, newline="") as handle:  # "x" follows no link
             handle.write(text)
             handle.flush()
             if durable:
@@ -51,6 +52,17 @@ def write_text_atomically(path: Path, text: str, *, durable: bool = True) -> Non
         raise
     if durable:
         fsync_file(path.parent)
+
+
+def append_text(path: Path, text: str) -> None:
+    """Add to a file that is this run's own. Raises: OSError where a link stands in its place."""
+    with open(path, "a", encoding="utf-8", opener=without_links) as handle:
+        handle.write(text)
+
+
+def without_links(path: str, flags: int) -> int:
+    """As `opener` of `open`: refuses a link in the file's place (Windows has no such flag)."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 def write_json_atomically(path: Path, value: Any, *, durable: bool = True) -> None:
@@ -69,6 +81,9 @@ def read_json(path: Path, *, strict: bool = True) -> dict[str, Any]:
         ValueError: not a JSON object, or larger than 64 MiB.
         OSError: no such file.
     """
+
+    if path.exists() and not path.is_file():
+        raise ValueError("no regular file")  # a pipe would be waited for, a device read for ever
 
     def constant(name: str) -> float:
         if strict:

@@ -12,12 +12,18 @@ from typing import TYPE_CHECKING
 
 from engine.errors import EngineError
 from engine.runtime.atomic import free_bytes, storage_error
-from engine.runtime.run_status import STATUS, finished
+from engine.runtime.run_status import STATUS, finished, read_status
 
 if TYPE_CHECKING:
     from engine.recipe.schema import Recipe
 
+MANIFEST = "manifest.json"  # of a checkpoint, written last
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
+# What a run writes to by name. Checkpoints are renamed into place and looked at by their own room, as is the lock.
+_WRITTEN = re.compile(
+    r"recipe\.yaml|train\.log|metrics(\.damaged)?\.jsonl|tensorboard|wandb|predictions|(best|last|results)\.json"
+    r"|run_status(\.rank\d+)?\.json|final_model|\.tmp-.*|\..*\.partial"
+)
 _LEAST_FREE = 32 << 20  # bytes without which not even the logs of a run are safe
 
 log = logging.getLogger("engine")
@@ -61,7 +67,7 @@ def choose_run_folder(recipe: Recipe, resume: str | None) -> RunFolder:
 
 def _run_of(path: Path, explicit: str | None) -> Path:
     """The run folder of `--resume PATH`."""
-    if not path.is_dir():
+    if not str(path) or not path.is_dir():
         raise EngineError(
             "E5.1",
             "there is no checkpoint to resume from",
@@ -78,6 +84,14 @@ def _run_of(path: Path, explicit: str | None) -> Path:
             safe="nothing was started",
         )
     run = path.parent if _CHECKPOINT.fullmatch(path.name) else path
+    if not _is_ours(run) or (run == path and not _holds_run(run)):
+        raise EngineError(
+            "E5.1",
+            "there is no checkpoint of a run here",
+            str(path.absolute()),
+            "give a checkpoint folder, a run folder, or auto",
+            safe="nothing was started",
+        )
     if explicit is not None and Path(explicit).resolve() != run.resolve():
         raise EngineError(
             "E2.32",
@@ -89,9 +103,7 @@ def _run_of(path: Path, explicit: str | None) -> Path:
 
 
 def _explicit(folder: Path, resume: str | None) -> RunFolder:
-    if folder.is_dir() and _holds_run(folder):
-        if resume == "auto":
-            return _existing(folder)
+    if folder.is_dir() and _holds_run(folder) and resume is None:
         raise EngineError(
             "E2.31",
             "experiment.output_dir already holds a run",
@@ -99,6 +111,12 @@ def _explicit(folder: Path, resume: str | None) -> RunFolder:
             "add --resume auto to continue it, or choose another folder",
             safe="it was not touched",
         )
+    if folder.is_dir() and _is_ours(folder):
+        return _existing(folder)
+    if folder.is_dir() and (found := sorted(entry.name for entry in folder.iterdir() if entry.name[0] != ".")):
+        more = f" and {len(found) - 5} more" if len(found) > 5 else ""
+        what = f"experiment.output_dir is not empty, and what it holds is no run: {', '.join(found[:5])}{more}"
+        raise EngineError("E2.22", what, str(folder), "choose a new or an empty folder", safe="it was not touched")
     if resume == "auto":
         log.info("nothing to resume in %s: starting fresh", folder)
     reused = folder.is_dir() and any(folder.iterdir())
@@ -111,8 +129,31 @@ def _explicit(folder: Path, resume: str | None) -> RunFolder:
 def _existing(folder: Path) -> RunFolder:
     if finished(folder):
         return RunFolder(folder, reused=True, finished=True)
+    refuse_links(folder)
     check_writable(folder)
     return RunFolder(folder, reused=True)
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a run of ours wrote here: it left a status, or where that was lost, a checkpoint with a manifest."""
+    return read_status(folder) is not None or any(path.is_file() for path in folder.glob(f"checkpoint-*/{MANIFEST}"))
+
+
+def refuse_links(folder: Path) -> None:
+    """Nothing that a run writes over may lead elsewhere. The folder itself may be a link: its user named it.
+
+    Raises:
+        EngineError: E6.8 for a link, a pipe or a device under a name that a run writes to.
+    """
+    inner = [entry for name in ("predictions", "tensorboard") for entry in _entries(folder / name)]
+    for entry in [entry for entry in _entries(folder) if _WRITTEN.fullmatch(entry.name)] + inner:
+        if entry.is_symlink() or not (entry.is_file() or entry.is_dir()):
+            what = "a run writes here, and what stands here is a link or no plain file"
+            raise EngineError("E6.8", what, str(entry), "remove it, then run again")
+
+
+def _entries(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir()) if folder.is_dir() and not folder.is_symlink() else []
 
 
 def _holds_run(folder: Path) -> bool:
@@ -169,7 +210,8 @@ def check_writable(folder: Path) -> None:
     """Write a probe before minutes go into loading a model. Raises: EngineError E6."""
     probe = folder / f".probe-{os.getpid()}"
     try:
-        probe.write_bytes(b"probe" * 1000)
+        with probe.open("xb") as handle:
+            handle.write(b"probe" * 1000)
     except OSError as error:
         raise storage_error(error, folder, "writing to the run folder", "nothing was started") from error
     finally:

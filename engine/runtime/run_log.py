@@ -6,8 +6,10 @@ import logging
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 from unicodedata import east_asian_width
+
+from engine.runtime.atomic import without_links
 
 if TYPE_CHECKING:
     pass
@@ -48,6 +50,13 @@ class _Console(logging.Handler):
             print("\n".join(lines), file=sys.stderr, flush=True)
 
 
+class _RunFile(logging.FileHandler):
+    """A log file that is the run's own: a link in its place is an OSError."""
+
+    def _open(self) -> TextIO:
+        return open(self.baseFilename, self.mode, encoding=self.encoding, opener=without_links)
+
+
 class _Early(logging.Handler):
     """Keeps what is said before there is a file to write it to."""
 
@@ -84,7 +93,7 @@ class RunLog:
         """Start `train.log`; a resumed run continues it."""
         if not self.is_main:
             return
-        handler = logging.FileHandler(folder / "train.log", encoding="utf-8")
+        handler = _RunFile(folder / "train.log", encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
         for record in self._early.records:
             handler.handle(record)

@@ -16,10 +16,16 @@ STATUS = "run_status.json"
 
 def finished(folder: Path) -> bool:
     """Whether the run of that folder has ended well."""
+    return (read_status(folder) or {"code": None})["code"] == 0
+
+
+def read_status(folder: Path) -> dict[str, Any] | None:
+    """What a run last said of itself there; None where no run did, or nobody can read it."""
     try:
-        return read_json(folder / STATUS).get("code") == 0
-    except (OSError, ValueError, AttributeError):
-        return False
+        status = read_json(folder / STATUS)
+    except (OSError, ValueError):
+        return None
+    return status if "code" in status else None
 
 
 class RunStatus:
@@ -35,9 +41,11 @@ class RunStatus:
         self.last_checkpoint: str | None = None
 
     def open(self, folder: Path) -> None:
-        """From now on the status is written to that folder. What an earlier attempt said is no longer true."""
+        """From now on the status is written to that folder. Of what an earlier attempt said, its checkpoint stays true."""
         self.folder = folder
         if self.rank == 0:
+            earlier = read_status(folder) or {}
+            self.last_checkpoint, self.step = earlier.get("last_checkpoint"), earlier.get("step") or 0
             for stale in folder.glob("run_status.rank*.json"):
                 stale.unlink(missing_ok=True)
             self.write(None, "running")

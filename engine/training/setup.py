@@ -17,6 +17,7 @@ from engine.errors import EngineError
 from engine.models import adapters, build, memory, tokenization, weights
 from engine.prediction.summarizer import Summarizer
 from engine.recipe.dump import dump
+from engine.runtime.atomic import write_text_atomically
 from engine.training import optim
 from engine.training.batch_size import with_fitting_batch
 from engine.training.evaluation import Split
@@ -85,11 +86,9 @@ def prepare(
         bundle.model.train()
     )  # from_pretrained returns it in eval mode, without dropout
 
-    # Sampler, checkpoint identity and recipe.yaml must all know the batch that is really trained, so it is tried first.
+    # Sampler, the checkpoint's identity and recipe.yaml must all know the batch that is trained, so it is tried first.
     if recipe.training.auto_batch_size:
         recipe = with_fitting_batch(recipe, model, bundle, features, runtime)
-    if runtime.is_main:
-        (folder.path / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
     _log_model(recipe, bundle, features, encoder)
 
     runtime.seed_ranks(recipe.training.seed)  # dropout may differ from rank to rank, now that the weights are drawn
@@ -104,6 +103,10 @@ def prepare(
         # A checkpoint fills parts that must exist, and is only taken where their identity is the one it was saved under.
         found = store.find_resume(resume) if resume else None
         state, random_state = _load(store, found, bundle, learner) if found else (TrainerState(), None)
+        # Only now: a resume that is refused leaves the recipe of the earlier attempt as it was.
+        with runtime.together("writing recipe.yaml"):
+            if runtime.is_main:
+                write_text_atomically(folder.path / "recipe.yaml", dump(recipe))
         # An earlier attempt may have logged rows past the checkpoint, or before there was any: they are trained again.
         logged_until = state.step if found or folder.reused else None
         tracker = Tracker(folder.path, runtime.accelerator, recipe, logged_until)

@@ -7,17 +7,16 @@ twice: rows past the resumed step are cut from the file, and TensorBoard purges 
 from __future__ import annotations
 
 import csv
+import io
 import itertools
 import json
 import logging
 import math
-import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.runtime.atomic import fsync_file, write_text_atomically
+from engine.runtime.atomic import append_text, fsync_file, write_text_atomically
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -95,7 +94,7 @@ class Tracker:
         found = list(_parse(path))
         if None in found:
             aside = path.with_name("metrics.damaged.jsonl")
-            shutil.copyfile(path, aside)
+            write_text_atomically(aside, path.read_bytes().decode("utf-8", "surrogateescape"), errors="surrogateescape")
             log.warning("%d lines of %s are no rows; the file as it was is kept in %s", found.count(None), path, aside)
         rows = [row for row in found if row is not None and row["step"] <= step]
         logged = [0, *sorted(row["step"] for row in rows if row["split"] == "train")]
@@ -116,8 +115,7 @@ class Tracker:
         if not self.is_main:
             return
         group = "eval" if row["split"] == "dev" else row["split"]
-        with self.metrics_path.open("a", encoding="utf-8") as handle:
-            handle.write(strict_json(row) + "\n")
+        append_text(self.metrics_path, strict_json(row) + "\n")
         scalars = {
             f"{group}/{key}": value
             for key, value in row.items()
@@ -145,12 +143,11 @@ class Tracker:
 def write_predictions(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
     """`predictions/<split>-step<step>.csv`: id, dialogue, reference, prediction; newlines stay inside quoted cells."""
     path.parent.mkdir(exist_ok=True)
-    partial = path.with_suffix(".csv.partial")
-    with partial.open("w", encoding="utf-8", newline="") as handle:
-        writer = csv.DictWriter(handle, fieldnames=["id", "dialogue", "reference", "prediction"], extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(partial, path)
+    table = io.StringIO()
+    writer = csv.DictWriter(table, fieldnames=["id", "dialogue", "reference", "prediction"], extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text_atomically(path, table.getvalue(), durable=False)
 
 
 def _cell(text: str) -> str:

@@ -205,6 +205,7 @@ def test_a_folder_with_a_run_needs_resume(tmp_path):
     folder = choose_run_folder(recipe, None)
     assert folder.path.is_dir() and not folder.reused
     (folder.path / "train.log").write_text("a run that failed before its first update\n")
+    (folder.path / "run_status.json").write_text('{"code": 3}')
     assert choose_run_folder(recipe, None).reused
     for trace in ("metrics.jsonl", "results.json"):
         (folder.path / trace).write_text("{}\n")
@@ -245,6 +246,7 @@ def test_a_finished_run_is_complete(tmp_path):
 def test_resume_paths(tmp_path):
     run = tmp_path / "run"
     (run / "checkpoint-5").mkdir(parents=True)
+    (run / "run_status.json").write_text('{"code": null}')
     recipe = recipe_for(tmp_path)
     assert choose_run_folder(recipe, str(run / "checkpoint-5")).path == run
     assert choose_run_folder(recipe, str(run)).path == run
