@@ -151,8 +151,10 @@ def _hollow_model(config: PreTrainedConfig, recipe: Recipe, precision: str, new_
     """The model as training has it, on the meta device: adapters, types and what is trainable are real."""
     lora = adapters.enabled(recipe)
     dtype = adapters.DTYPES[precision] if lora else torch.float32
+    wanted = recipe.model.attn_implementation
+    attention = weights.attention(None if wanted == "flash_attention_2" else wanted)  # that one runs on GPUs only
     with torch.device("meta"):
-        model = weights.auto_class(config).from_config(copy.deepcopy(config), dtype=torch.float32)
+        model = weights.auto_class(config).from_config(copy.deepcopy(config), dtype=torch.float32, **attention)
         model = weights.cast(model, dtype)
         if lora:
             rows = range(config.vocab_size - new_tokens, config.vocab_size)
@@ -245,7 +247,6 @@ def _activations(
     """Bytes that autograd keeps for the backward pass; with checkpointing, layer inputs and one layer's activations."""
     keys = families.of(config.model_type).depths
     depths = [getattr(config, key) for key in keys]
-    attention = recipe.model.attn_implementation
 
     def kept(*layers: int) -> int:
         shallow = copy.deepcopy(config)
@@ -253,8 +254,6 @@ def _activations(
             setattr(shallow, key, count)
         if getattr(shallow, "layer_types", None):  # one entry per layer
             shallow.layer_types = shallow.layer_types[: layers[-1]]
-        if attention is not None and attention != "flash_attention_2":
-            shallow._attn_implementation = attention
         return saved_bytes(_hollow_model(shallow, recipe, precision, new_tokens), shape, precision)
 
     least = [1] * len(keys)
