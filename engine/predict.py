@@ -149,6 +149,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--output", required=True, metavar="FILE", help="CSV, or JSONL by its suffix")
     parser.add_argument("--sample-submission", metavar="FILE", help="write in this sample's format")
+    parser.add_argument(
+        "--escape-formulas", action="store_true", help="quote CSV cells that a spreadsheet would compute (=, +, -, @)"
+    )
     parser.add_argument("--base", metavar="DIR_OR_ID", help="base model of an adapter, instead of the one it names")
     parser.add_argument(
         "--precision", choices=("fp32", "bf16", "fp16"), help="default: bf16 where the GPU has it, else fp32"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import EngineError
+from engine.recipe.dump import without_secrets
 
 if TYPE_CHECKING:
     from engine.recipe.schema import Recipe
@@ -55,7 +56,7 @@ def identity_of(recipe: Recipe, **facts: Any) -> dict[str, Any]:
     """
     values = {
         f"{section}.{key}": value
-        for section, keys in recipe.model_dump(mode="json").items()
+        for section, keys in without_secrets(recipe.model_dump(mode="json")).items()
         for key, value in keys.items()
     }
     merged = values | json.loads(json.dumps(facts))
@@ -80,7 +81,7 @@ def changes(stored: Mapping[str, Any], current: Mapping[str, Any], allowed: Sequ
     Raises:
         EngineError: E5.5 naming every other difference, with both values.
     """
-    missing = object()
+    missing, stored = object(), without_secrets(dict(stored))  # earlier versions kept them
     differing = {
         key: f"{key}: {_shown(stored.get(key, missing), missing)} -> {_shown(current.get(key, missing), missing)}"
         for key in sorted({*stored, *current})

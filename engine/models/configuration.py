@@ -12,6 +12,7 @@ from torch import nn
 from engine import families
 from engine.errors import EngineError
 from engine.models.hub import first_line
+from engine.recipe.dump import SECRET_KEYS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerFast
@@ -31,7 +32,8 @@ def load_config(settings: Model, folder: Path | None) -> PreTrainedConfig:
     """
     from transformers import AutoConfig
 
-    overlay = dict(settings.config or {})
+    # A token among the values would be saved in every config.json of the run; the hub's own login serves its purpose.
+    overlay = {key: value for key, value in (settings.config or {}).items() if key.lower() not in SECRET_KEYS}
     where = str(folder) if folder else "model.config"
     try:
         if folder is None:

@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import logging
+import os
 import tempfile
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.errors import EngineError
 from engine.models import hub
+from engine.runtime.atomic import storage_error
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -244,11 +246,17 @@ def _reloads_alike(tokenizer: PreTrainedTokenizerFast, added_tokens: Sequence[st
 
     tags = "".join(f"{token}는 {token}: " for token in added_tokens[:4])
     probe = f"{tags}안녕하세요, 오늘 3시에 만나요.\nHello  world! 뷁 …"
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        if model_type is not None:
-            (Path(folder) / "config.json").write_text(json.dumps({"model_type": model_type}), encoding="utf-8")
-        again = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer.save_pretrained(folder)
+            if model_type is not None:
+                (Path(folder) / "config.json").write_text(json.dumps({"model_type": model_type}), encoding="utf-8")
+            again = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # tokenizers tells a full disk by a plain Exception
+        if not isinstance(error, OSError) and "os error" not in str(error):
+            raise
+        place, free = Path(os.environ.get("TMPDIR", "/tmp")), "set TMPDIR to a folder with some room, then run again"
+        raise storage_error(error, place, "writing a temporary file", "nothing was started", free) from error
     same_ids = again(probe)["input_ids"] == tokenizer(probe)["input_ids"]
     ids = tokenizer.encode(probe, add_special_tokens=False)
     same_text = again.decode(ids, skip_special_tokens=True) == tokenizer.decode(ids, skip_special_tokens=True)

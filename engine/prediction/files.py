@@ -79,6 +79,10 @@ def check_target(examples: Sequence[Example], options: argparse.Namespace) -> No
     if options.input != "-" and output.exists() and output.samefile(options.input):
         what = "the output would replace the input"
         raise EngineError("E2.38", what, str(output), "choose another --output", safe="nothing was decoded")
+    sample = options.sample_submission
+    if sample is not None and output.exists() and Path(sample).exists() and output.samefile(sample):
+        what = "the output would replace the sample"
+        raise EngineError("E2.38", what, str(output), "choose another --output", safe="nothing was decoded")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         if not os.access(output.parent, os.W_OK):
@@ -97,7 +101,7 @@ def write(
     ids, output = [example.id for example in examples], Path(options.output)
     texts = without_empty(ids, [example.dialogue for example in examples], [summary.text for summary in summaries])
     try:
-        _write_file(ids, summaries, texts, output, options.sample_submission)
+        _write_file(ids, summaries, texts, output, options)
     except OSError as error:
         kept = "decoded rows are kept beside it"
         raise storage_error(error, output, "writing the output", kept, _ELSEWHERE) from error
@@ -106,18 +110,19 @@ def write(
 
 
 def _write_file(
-    ids: list[str], summaries: Sequence[Summary], texts: list[str], output: Path, sample: str | None
+    ids: list[str], summaries: Sequence[Summary], texts: list[str], output: Path, options: argparse.Namespace
 ) -> None:
-    if sample is not None:
-        write_submission(submission_table(ids, texts, sample), output)
+    escape = options.escape_formulas
+    if options.sample_submission is not None:
+        write_submission(submission_table(ids, texts, options.sample_submission), output, escape_formulas=escape)
     elif output.suffix.lower() == ".jsonl":
         rows = _n_best(ids, summaries, texts)
         write_text_atomically(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     elif len(summaries[0].texts) > 1:
         rows = _n_best(ids, summaries, texts)
-        write_submission([list(rows[0]), *(list(row.values()) for row in rows)], output)
+        write_submission([list(rows[0]), *(list(row.values()) for row in rows)], output, escape_formulas=escape)
     else:
-        write_submission(submission_table(ids, texts), output)
+        write_submission(submission_table(ids, texts), output, escape_formulas=escape)
 
 
 def _n_best(ids: Sequence[str], summaries: Sequence[Summary], texts: Sequence[str]) -> list[dict[str, Any]]:

@@ -9,11 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from engine.data.files import MAX_BYTES
 from engine.errors import EngineError
 from engine.runtime.atomic import write_text_atomically
 from engine.scoring import baselines
 
 log = logging.getLogger("engine.predict")
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # how cells begin that spreadsheets take for formulas (OWASP's list)
 Table = list[list[Any]]  # the header, then one row per dialogue
 
 
@@ -55,9 +57,15 @@ def without_empty(ids: Sequence[str], dialogues: Sequence[str], texts: Sequence[
     ]
 
 
-def write_submission(table: Table, path: Path) -> None:
-    """UTF-8 CSV; newlines and commas inside quoted cells. The file appears whole or not at all."""
+def write_submission(table: Table, path: Path, *, escape_formulas: bool = False) -> None:
+    """UTF-8 CSV; newlines and commas inside quoted cells. The file appears whole or not at all.
+
+    Args:
+        escape_formulas: put a quote before cells that a spreadsheet would compute. Competition files must stay exact.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    if escape_formulas:
+        table = [[f"'{cell}" if str(cell).startswith(_FORMULA) else cell for cell in row] for row in table]
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(table)
     write_text_atomically(path, text.getvalue())
@@ -65,8 +73,13 @@ def write_submission(table: Table, path: Path) -> None:
 
 def _read_sample(path: Path) -> tuple[list[str], Table]:
     try:
-        with path.open(encoding="utf-8-sig", newline="") as handle:
-            table = list(csv.reader(handle))
+        if path.exists() and not path.is_file():
+            raise OSError("it is no regular file")  # a pipe would be waited for, a device read for ever
+        with path.open("rb") as handle:
+            data = handle.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise OSError(f"it holds more than {MAX_BYTES >> 20} MiB")
+        table = list(csv.reader(io.StringIO(data.decode("utf-8-sig"), newline="")))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise _refused(f"the sample cannot be read: {error}", str(path)) from error
     if not table or not table[1:]:

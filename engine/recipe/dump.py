@@ -9,8 +9,8 @@ from engine.errors import REDACTED, redact
 from engine.recipe import yaml_subset
 from engine.recipe.schema import Recipe
 
-# Values under these keys of model.config never reach a dump.
-_SECRET_KEYS = {"token", "auth_token", "access_token", "use_auth_token", "hf_token", "password", "secret", "api_key"}
+# Values under these keys of model.config reach no file, no tracker and no model folder.
+SECRET_KEYS = {"token", "auth_token", "access_token", "use_auth_token", "hf_token", "password", "secret", "api_key"}
 
 
 def dump(recipe: Recipe) -> str:
@@ -43,12 +43,21 @@ def _columns(text: str) -> int:
     return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
 
 
+def without_secrets(value: Any, key: str = "") -> Any:
+    """A copy of a recipe's values, at any depth, that may be written and shown anywhere."""
+    if isinstance(value, dict):
+        return {name: without_secrets(item, str(name)) for name, item in value.items()}
+    if isinstance(value, list):
+        return [without_secrets(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    return REDACTED if key.lower() in SECRET_KEYS else redact(value)
+
+
 def _rows(recipe: Recipe, path: tuple[str, ...], value: Any) -> list[tuple[str, str]]:
     indent = "  " * (len(path) - 1) + yaml_subset.scalar(path[-1]) + ":"
     where = recipe.origin(".".join(path))
-    if path[-1].lower() in _SECRET_KEYS and isinstance(value, str):
-        value = REDACTED
-    value = _redacted(value)
+    value = without_secrets(value, path[-1])
     if isinstance(value, dict) and value:
         return [(indent, where), *(row for key in value for row in _rows(recipe, (*path, key), value[key]))]
     line = f"{indent} {yaml_subset.flow(value)}"
@@ -56,9 +65,3 @@ def _rows(recipe: Recipe, path: tuple[str, ...], value: Any) -> list[tuple[str, 
         spaces = "  " * len(path)
         return [(indent, where), *((f"{spaces}- {yaml_subset.flow(item)}", "") for item in value)]
     return [(line, where)]
-
-
-def _redacted(value: Any) -> Any:
-    if isinstance(value, str):
-        return redact(value)
-    return [_redacted(item) for item in value] if isinstance(value, list) else value

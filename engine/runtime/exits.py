@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from engine import errors
 from engine.errors import EngineError
 from engine.runtime.signals import Stopped
+from engine.runtime.streams import prepare_streams
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -108,6 +109,7 @@ def main_guard(main: Callable[[], int | None]) -> int:
     ranks the one that had the error prints it.
     """
     wants_trace = "--traceback" in sys.argv
+    prepare_streams()
     if not wants_trace:
         warnings.simplefilter("ignore")
         for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):

@@ -16,6 +16,7 @@ ROUGE-2 of texts with one token is 0 (they hold no bigram), as in the reference 
 
 from __future__ import annotations
 
+import os
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -81,7 +82,14 @@ class _Tokens:
 
 @cache
 def _scorer(tokenizer: str):
-    from korouge_score.rouge_scorer import RougeScorer  # half a second: it imports nltk
+    home = os.environ.get("HOME")
+    if os.path.expanduser("~") == "~":  # no HOME and no such user, as in containers: nltk gives up while it is imported
+        os.environ["HOME"] = os.curdir
+    try:
+        from korouge_score.rouge_scorer import RougeScorer  # half a second: it imports nltk
+    finally:
+        if home is None:
+            os.environ.pop("HOME", None)
 
     return RougeScorer(list(METRICS), tokenizer=_Tokens(tokenizer))
 

@@ -62,6 +62,21 @@ class Scores:
     rows: list[dict[str, Any]]
 
 
+def try_scoring(settings: Evaluation) -> None:
+    """Score one word, so that what scoring lacks is known before the first update and not after an epoch.
+
+    Raises:
+        EngineError: E3.40 where the tokenizer or ROUGE itself cannot be used on this machine.
+    """
+    try:
+        rouge.rouge(["시험"], ["시험"], tokenizer=settings.rouge_tokenizer)
+    except Exception as error:  # a dictionary, a cache, an import: each fails in its own way
+        where = f"evaluation.rouge_tokenizer={settings.rouge_tokenizer}"
+        raise EngineError(
+            "E3.40", f"ROUGE cannot be computed here: {error}", where, "choose another tokenizer"
+        ) from error
+
+
 def evaluate(
     bundle: ModelBundle, split: Split, runtime: Runtime, settings: Evaluation, summarizer: Summarizer | None
 ) -> Scores:

@@ -20,7 +20,7 @@ from engine.recipe.dump import dump
 from engine.runtime.atomic import write_text_atomically
 from engine.training import optim
 from engine.training.batch_size import with_fitting_batch
-from engine.training.evaluation import Split
+from engine.training.evaluation import Split, try_scoring
 from engine.training.job import Job, Learner, TrainingRows
 from engine.training.state import TrainerState
 from engine.training.tracking import Tracker
@@ -62,6 +62,8 @@ def read_splits(recipe: Recipe, runtime: Runtime) -> Splits:
         if settings.validation_file is not None and recipe.evaluation.strategy != "no":
             dev = read(settings.validation_file, settings.max_validation_samples)
             rows.check_splits(train, dev, allow_overlap=settings.allow_overlap)
+            if recipe.evaluation.generate:
+                try_scoring(recipe.evaluation)
         if settings.test_file is not None:
             test = read(settings.test_file, settings.max_test_samples, require_summary=False)
     return Splits(train, dev, test)

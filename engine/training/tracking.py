@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engine.recipe.dump import without_secrets
 from engine.runtime.atomic import append_text, fsync_file, write_text_atomically
 
 if TYPE_CHECKING:
@@ -73,7 +74,9 @@ class Tracker:
         if resumed_step is not None:
             self._forget_after(resumed_step, recipe.training.logging_steps)
         accelerator.log_with = self._trackers(recipe, resumed_step)
-        accelerator.init_trackers(recipe.tracking.wandb_project, config=_flat(recipe.model_dump(mode="json")))
+        accelerator.init_trackers(
+            recipe.tracking.wandb_project, config=_flat(without_secrets(recipe.model_dump(mode="json")))
+        )
 
     def _trackers(self, recipe: Recipe, resumed_step: int | None) -> list[Any]:
         # Built here because the run folder did not exist yet when the Accelerator was made.
