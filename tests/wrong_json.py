@@ -267,7 +267,7 @@ def fault(case: Case, ended: dict[str, Any]) -> str | None:
     return None
 
 
-def in_child(work: Path, do: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def in_child(do: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Run in a forked child under limits of time and memory; returns its answer, or how it was lost."""
     reader, writer = os.pipe()
     pid = os.fork()
@@ -309,7 +309,7 @@ def findings(todo: list[Case], folders: dict[str, Path], work: Path) -> Iterator
             target = work / "case"
             shutil.rmtree(target, ignore_errors=True)
             place_case(case, folders[case.kind], target)
-            ended = in_child(work, lambda case=case, use=use, target=target: attempt(case, use, target, work))
+            ended = in_child(lambda case=case, use=use, target=target: attempt(case, use, target, work))
             if what := fault(case, ended):
                 yield {"case": case.name, "use": position, "fault": what} | ended
         if number % 100 == 0:
