@@ -113,7 +113,8 @@ def make_folders(work: Path) -> dict[str, Path]:
     import tiny
     import torch
 
-    from engine.models import build
+    from engine.models.build import build_model
+    from engine.models.bundle import save_model
     from engine.recipe.schema import Recipe
 
     folders = {kind: work / kind for kind in USES}
@@ -127,8 +128,8 @@ def make_folders(work: Path) -> dict[str, Path]:
     base = tiny.save("llama", work / "base")
     for kind, lora in (("llama", False), ("adapter", True)):
         recipe = Recipe(model={"name_or_path": str(base)}, lora={"enabled": lora, "r": 2}, prompt={"style": "chat"})
-        bundle = build.build_model(recipe, device=torch.device("cpu"), precision="fp32")
-        build.save_model(bundle, folders[kind])
+        bundle = build_model(recipe, device=torch.device("cpu"), precision="fp32")
+        save_model(bundle, folders[kind])
     runs.train(run_recipe(work))
     shutil.copytree(folders["run"], folders["stopped"])
     for name in ("final_model", "run_status.json", "results.json"):

@@ -19,10 +19,10 @@ from engine.data.rows import Example
 from engine.errors import DATA, EngineError
 from engine.generation.api import generate_all
 from engine.generation.settings import GenerationSettings
-from engine.models import configuration
+from engine.models import adapters, configuration
 
 if TYPE_CHECKING:
-    from engine.models.build import ModelBundle
+    from engine.models.bundle import ModelBundle
 
 _DIALOGUE = "#Person1#: 안녕하세요?\n#Person2#: 네."
 _TOKENS = 8  # of the prompt that the model reads
@@ -68,7 +68,10 @@ def _decode(bundle: ModelBundle, ids: list[int]) -> list[int]:
     except ValueError:
         return ids  # a setting out of its range, which the user's own may replace: the summarizer judges what is left
     pad = bundle.tokenizer.pad_token_id
-    ((best, *_),) = generate_all(model, [ids], settings, pad_token_id=pad, tokenizer=bundle.tokenizer)
+    # Adapters are float32 on a base in the compute type; only autocast brings them together.
+    dtype = adapters.DTYPES[bundle.report["precision"]]
+    with torch.autocast(model.device.type, dtype=dtype, enabled=dtype != torch.float32):
+        ((best, *_),) = generate_all(model, [ids], settings, pad_token_id=pad, tokenizer=bundle.tokenizer)
     return best.token_ids
 
 
