@@ -193,7 +193,7 @@ def train_on(folder: Path, work: Path, *, lora: bool = False, style: str = "plai
     summarizer = Summarizer(bundle, encoder, recipe.generation, batch_size=1)
     feature = encoder.training_feature(example, 0)
     bundle.model(**bundle.collate([feature])).loss.backward()
-    summarizer.summarize(bundle.model.eval(), [encoder.prompt_feature(example, 0)])
+    summarizer.summarize(bundle.model.eval(), [encoder.prompt_feature(example, 0)], {0: DIALOGUE})
 
 
 def resume(folder: Path, work: Path) -> None:

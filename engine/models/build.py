@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from engine.errors import EngineError
-from engine.models import adapters, configuration, hub, tokenization, trial, weights
+from engine.models import adapters, configuration, hub, memory, tokenization, trial, weights
 from engine.models.bundle import ModelBundle, describe, prompt_of
 from engine.models.hub import BaseIdentity, Source
 from engine.runtime.faults import blaming
@@ -47,7 +47,7 @@ def build_model(recipe: Recipe, *, device: torch.device, precision: str) -> Mode
 
         dtype = adapters.DTYPES[precision] if lora else torch.float32
         if recipe.model.init == "random":
-            model = _random_model(config, tokenizer, recipe, source.folder, dtype).to(device)
+            model = _random_model(config, tokenizer, recipe, source.folder, dtype, device)
         else:
             model = _pretrained_model(config, recipe, source.folder, dtype, device, precision)
             weights.resize_embeddings(model, len(tokenizer), pieces, recipe.tokenizer.pad_to_multiple_of)
@@ -120,7 +120,9 @@ def _random_model(
     recipe: Recipe,
     folder: Path | None,
     dtype: torch.dtype,
+    device: torch.device,
 ) -> nn.Module:
+    """Random weights of the configuration's shapes, on the device."""
     from transformers import GenerationConfig
 
     multiple = recipe.tokenizer.pad_to_multiple_of or 1
@@ -129,12 +131,13 @@ def _random_model(
     # A benchmark at a model's real shape keeps that model's rows; otherwise the vocabulary decides.
     config.vocab_size = max(rows, config.vocab_size) if fixed else rows
     with blaming("E4.9", "no model can be built", "model.config", "check model.config"):
+        memory.check_weights_fit(config, device)
         model = weights.auto_class(config).from_config(
             config, **weights.attention(recipe.model.attn_implementation), dtype=torch.float32
         )
     if folder is not None and (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-    return weights.cast(model, dtype)
+    return weights.cast(model, dtype).to(device)
 
 
 def _identity(recipe: Recipe, config: PreTrainedConfig, source: Source) -> BaseIdentity:

@@ -55,7 +55,7 @@ class Learner(NamedTuple):
         check_alike(saved.scheduler, own["scheduler"], "schedule")
         check_alike(saved.scaler, own["scaler"], "scaler")
         check_alike(saved.optimizer["param_groups"], own["optimizer"]["param_groups"], "optimizer")
-        optim.check_moments(self.optimizer, saved.optimizer["state"])
+        optim.check_moments(self.optimizer, saved.optimizer)
         self.optimizer.load_state_dict(saved.optimizer)
         self.schedule.load_state_dict(saved.scheduler)
         self.scaler.load_state_dict(saved.scaler)

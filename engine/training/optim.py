@@ -56,13 +56,16 @@ def build_optimizer(groups: list[dict[str, Any]], training: Training, device: to
     return factories[training.optim](groups, **settings)
 
 
-def check_moments(optimizer: torch.optim.Optimizer, saved: Mapping[int, Mapping[str, Any]]) -> None:
+def check_moments(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
     """Raises: ValueError for moments that the optimizer would only stumble over in its next update.
 
     Libraries with 8-bit moments keep other things for large parameters than for small ones; of those only the kind is known.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for index, moments in saved.items():
+    ids = [group["params"] for group in optimizer.state_dict()["param_groups"]]
+    if [group["params"] for group in saved["param_groups"]] != ids:
+        raise ValueError("the optimizer's groups hold other parameters")
+    for index, moments in saved["state"].items():
         shape = parameters[index].shape
         for name, value in moments.items():
             if not isinstance(value, torch.Tensor | int | float):

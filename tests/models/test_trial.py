@@ -77,13 +77,12 @@ def test_a_trial_leaves_the_model_and_the_random_stream_as_they_were(tmp_path: P
 
 def test_a_setting_out_of_its_range_can_be_replaced_by_the_users_own(tmp_path: Path) -> None:
     folder = tiny.save("bart", tmp_path / "model")
-    (folder / "generation_config.json").write_text(
-        json.dumps({"no_repeat_ngram_size": -1, "decoder_start_token_id": 3}), encoding="utf-8"
-    )
+    values = {"min_length": -1, "decoder_start_token_id": 3}
+    (folder / "generation_config.json").write_text(json.dumps(values), encoding="utf-8")
     predictor = Predictor.from_run(folder, device="cpu")
-    with pytest.raises(EngineError, match=r"E4\.17.*no_repeat_ngram_size=-1.*generation_config\.json"):
+    with pytest.raises(EngineError, match=r"E4\.17.*min_length=-1.*generation_config\.json"):
         predictor.predict_single("#Person1#: 안녕")
-    predictor.predict_single("#Person1#: 안녕", no_repeat_ngram_size=2, max_new_tokens=2)
-    predictor.bundle.generation_config.no_repeat_ngram_size = None
+    predictor.predict_single("#Person1#: 안녕", min_length=1, max_new_tokens=2)
+    predictor.bundle.generation_config.min_length = None
     with pytest.raises(EngineError, match=r"E2\.36.*the model has no token 1000000"):
         predictor.predict_single("#Person1#: 안녕", forced_bos_token_id=10**6)
