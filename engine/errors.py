@@ -9,6 +9,7 @@ from collections.abc import Sequence
 DONE, BUG, USAGE, DATA, MODEL, CHECKPOINT, STORAGE, NUMERICS, MEMORY, DISTRIBUTED = range(10)
 STOPPED_SAVED, STOPPED_UNSAVED = 75, 76
 
+_LONG_WORD = re.compile(r"(\S{60})\S{80,}(\S{20})")  # longer than a hash or a name, and than most paths
 REDACTED = "[redacted]"
 _SECRETS = (
     re.compile(r"\bhf_[A-Za-z0-9]{8,}"),
@@ -63,8 +64,11 @@ class EngineError(Exception):
         return int(self.code[1:].split(".")[0])
 
     def __str__(self) -> str:
-        parts = " | ".join(part for part in (self.what, self.where, self.safe, self.next) if part)
+        what = _LONG_WORD.sub(r"\1...\2", self.what)  # a value of 10,000 letters, quoted from somebody's file
+        parts = " | ".join(part for part in (what, self.where, self.safe, self.next) if part)
         lines = [" ".join(redact(line).split()) for line in self.problems or (parts,)]
+        # Half characters can stand in a file's text and in no output of ours.
+        lines = [line.encode("utf-8", "backslashreplace").decode("utf-8") for line in lines]
         return "\n".join(f"error {self.code}: {line}" for line in lines)
 
     def __reduce__(self):  # exceptions cross process boundaries in tests and in rank reports

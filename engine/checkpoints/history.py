@@ -18,6 +18,7 @@ from typing import Any
 from engine.checkpoints.manifest import DamagedError, verify
 from engine.errors import EngineError
 from engine.runtime.atomic import reached, read_json, write_json_atomically
+from engine.runtime.faults import blaming
 from engine.runtime.run_folder import MANIFEST
 
 log = logging.getLogger("engine.checkpoints")
@@ -99,11 +100,9 @@ class History:
     def pointed(self, name: str) -> Path | None:
         """Folder that `best.json` or `last.json` points at, if both are there."""
         try:
-            step = read_json(self.run_dir / f"{name}.json")["step"]
-        except _UNREADABLE:
+            return pointed_at(self.run_dir / f"{name}.json")
+        except EngineError:
             return None
-        folder = self.path_of(step) if isinstance(step, int) else None
-        return folder if folder is not None and folder.is_dir() else None
 
     def set_last(self, step: int) -> None:
         write_json_atomically(self.run_dir / "last.json", {"step": step, "run_id": self.run_id})
@@ -246,6 +245,16 @@ class History:
         _, step, value = min(found, default=(0, None, None))
         log.warning("the best checkpoint, of step %s, is lost; next best: %s", lost["step"], step)
         return None if step is None else {"step": step, "metric": metric, "value": value}
+
+
+def pointed_at(pointer: Path) -> Path:
+    """The checkpoint that `best.json` or `last.json` names. Raises: EngineError E5.11 where it names none that is there."""
+    with blaming("E5.11", "the pointer to a checkpoint cannot be used", pointer, "name the checkpoint's folder itself"):
+        step = read_json(pointer)["step"]
+        folder = pointer.with_name(f"checkpoint-{step}")
+        if type(step) is not int or not NAME.fullmatch(folder.name) or not folder.is_dir():
+            raise ValueError(f"there is no step {step!r}")
+    return folder
 
 
 def step_of(path: Path) -> int:

@@ -102,3 +102,26 @@ def read_state(folder: Path, name: str) -> Any:
     tensor_file = folder / f"{name}.safetensors"
     tensors = load_file(tensor_file) if tensor_file.exists() else {}
     return restore_state(read_json(folder / f"{name}.json"), tensors)
+
+
+def check_alike(saved: Any, own: Any, at: str) -> None:
+    """Hold a restored state against the one that it is to replace: the same names, kinds and lengths.
+
+    Raises:
+        ValueError: naming the first place that differs, before anything takes the state over.
+    """
+    if isinstance(own, Mapping):
+        if not isinstance(saved, Mapping) or saved.keys() != own.keys():
+            raise ValueError(f"{at} has other entries than {', '.join(map(str, own)) or 'none'}")
+        for key in own:
+            check_alike(saved[key], own[key], f"{at}.{key}")
+    elif isinstance(own, list | tuple):
+        if not isinstance(saved, list | tuple) or len(saved) != len(own):
+            raise ValueError(f"{at} does not have {len(own)} entries")
+        for index, pair in enumerate(zip(saved, own, strict=True)):
+            check_alike(*pair, f"{at}.{index}")
+    elif isinstance(own, int | float) and not isinstance(own, bool):
+        if not isinstance(saved, int | float) or isinstance(saved, bool) or not math.isfinite(saved):
+            raise ValueError(f"{at} is no number")
+    elif type(saved) is not type(own):
+        raise ValueError(f"{at} is not of type {type(own).__name__}")

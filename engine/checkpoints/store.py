@@ -19,8 +19,8 @@ import logging
 import secrets
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +40,7 @@ from engine.runtime.atomic import (
     storage_error,
     write_json_atomically,
 )
+from engine.runtime.faults import blaming
 from engine.runtime.ranks import as_engine_error
 from engine.runtime.run_folder import MANIFEST
 
@@ -401,19 +402,18 @@ class CheckpointStore:
         own = f"rng-rank{self.ranks.rank}"
         same_ranks = trainer["identity"].get("world_size", self.ranks.world_size) == self.ranks.world_size
         rng = read_state(source, own) if same_ranks or (source / f"{own}.json").exists() else None
-        return EngineState(position=trainer["position"], best=trainer["best"], rng=rng, **parts)
+        return EngineState(position=trainer["position"], best=_best(trainer["best"]), rng=rng, **parts)
 
 
-@contextmanager
-def refusing(folder: Path) -> Iterator[None]:
+def refusing(folder: Path) -> AbstractContextManager[None]:
     """While a checkpoint's contents are put in place: whatever does not fit is the checkpoint's fault, E5.8."""
-    try:
-        yield
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, RuntimeError) as error:
-        text = " ".join(str(error).split())[:200]
-        raise EngineError(
-            "E5.8",
-            f"the checkpoint does not fit this run: {type(error).__name__}: {text}",
-            str(folder),
-            "resume with the recipe and the versions that wrote it, or start a new run",
-        ) from error
+    next = "resume with the recipe and the versions that wrote it, or start a new run"
+    return blaming("E5.8", "the checkpoint does not fit this run", folder, next)
+
+
+def _best(record: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The best so far as a checkpoint holds it. Raises: ValueError for what is no such record."""
+    kinds = {"step": int, "metric": str, "value": int | float}
+    if record is not None and not all(isinstance(record[name], kind) for name, kind in kinds.items()):
+        raise ValueError(f"the best so far is {record}")
+    return record

@@ -21,11 +21,13 @@ from engine.data.prompts import (
 )
 from engine.data.rows import Example
 from engine.errors import EngineError
+from engine.runtime.faults import blaming
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _SAFE = "nothing was trained"
+_MOST_WRITTEN = 1_000_000  # characters that a chat template may put around a dialogue
 _ROWS_PER_CALL = 512  # rows given to the tokenizer at once
 
 
@@ -169,6 +171,14 @@ class TextEncoder:
             raise EngineError(
                 "E2.70", "the tokenizer has no chat template", "prompt.style", "use prompt.style=instruction"
             )
+        where = self.tokenizer.name_or_path
+        with blaming("E4.18", "the chat template cannot be used", where, "mend it, or set prompt.style=instruction"):
+            text = self._rendered(messages, generate)
+            if len(text) > _MOST_WRITTEN + 10 * sum(len(message["content"]) for message in messages):
+                raise ValueError(f"it makes {len(text):,} characters of one dialogue")
+        return text
+
+    def _rendered(self, messages: list[dict[str, str]], generate: bool) -> str:
         try:
             return self.tokenizer.apply_chat_template(
                 messages,
@@ -177,7 +187,9 @@ class TextEncoder:
                 date_string=self.settings.date_string,
                 enable_thinking=self.settings.enable_thinking,
             )
-        except Exception as error:  # templates are programs: jinja's errors, and whatever they call
+        except Exception as error:
+            if type(error).__name__ != "TemplateError":  # of the template's own words; jinja's errors are subclasses
+                raise
             raise EngineError(
                 "E2.71",
                 f"the chat template refuses the messages: {error}",

@@ -20,7 +20,8 @@ from torch.nn import functional as F
 
 from engine import families
 from engine.errors import EngineError
-from engine.models.hub import first_line, weight_names
+from engine.models.hub import weight_names
+from engine.runtime.faults import blaming
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -264,17 +265,16 @@ def load(model: nn.Module, folder: Path, *, trainable: bool) -> PeftModel:
     if trainable:
         _freeze(model)
     stored = weight_names(folder)
-    try:
-        with _quiet_peft():
-            adapted = PeftModel.from_pretrained(model, folder, is_trainable=trainable, use_safetensors=True)
-    except (RuntimeError, ValueError, KeyError, OSError) as error:
-        what = f"the adapter does not fit its base: {first_line(error)}"
-        raise EngineError(
-            "E4.8", what, str(folder), "name the base it was trained on", safe="nothing was changed"
-        ) from error
-    if missing := sorted(adapter_tensors(adapted).keys() - stored):  # peft leaves these as they were drawn
-        what = f"{len(missing)} weights of the adapter are missing, first {missing[0]}"
-        raise EngineError("E4.8", what, str(folder), "copy the adapter folder again", safe="nothing was changed")
+    what, next = "the adapter does not fit its base", "name the base it was trained on"
+    with blaming("E4.8", what, folder, next, safe="nothing was changed"), _quiet_peft():
+        adapted = PeftModel.from_pretrained(model, folder, is_trainable=trainable, use_safetensors=True)
+        own = adapter_tensors(adapted).keys()
+    # peft leaves what is missing as it was drawn, and says nothing of what its settings have no place for.
+    unplaced = {name for name in stored - own if ".lora_" in name}
+    for problem, names in (("missing", own - stored), ("not in its settings", unplaced)):
+        if names:
+            what = f"{len(names)} weights of the adapter are {problem}, first {min(names)}"
+            raise EngineError("E4.8", what, str(folder), "copy the adapter folder again", safe="nothing was changed")
     return finish(adapted, trainable=trainable)
 
 

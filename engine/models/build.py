@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from engine.errors import EngineError
-from engine.models import adapters, configuration, hub, tokenization, weights
+from engine.models import adapters, configuration, hub, memory, tokenization, trial, weights
 from engine.models.bundle import ModelBundle, describe, prompt_of
 from engine.models.hub import BaseIdentity, Source
+from engine.runtime.faults import blaming
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerFast
@@ -30,7 +31,8 @@ def build_model(recipe: Recipe, *, device: torch.device, precision: str) -> Mode
     Raises:
         EngineError: E2 for settings that do not go together, E4 for a model that cannot be had or must not be loaded.
     """
-    with weights.quiet_transformers(), weights.seeded(recipe.training.seed):
+    where = hub.blaming_folder(recipe.model.name_or_path)
+    with weights.quiet_transformers(), weights.seeded(recipe.training.seed), where:
         lora = adapters.enabled(recipe)
         source, adapter = _sources(recipe, lora)
         config = configuration.load_config(recipe.model, source.folder)
@@ -45,7 +47,7 @@ def build_model(recipe: Recipe, *, device: torch.device, precision: str) -> Mode
 
         dtype = adapters.DTYPES[precision] if lora else torch.float32
         if recipe.model.init == "random":
-            model = _random_model(config, tokenizer, recipe, source.folder, dtype).to(device)
+            model = _random_model(config, tokenizer, recipe, source.folder, dtype, device)
         else:
             model = _pretrained_model(config, recipe, source.folder, dtype, device, precision)
             weights.resize_embeddings(model, len(tokenizer), pieces, recipe.tokenizer.pad_to_multiple_of)
@@ -57,17 +59,19 @@ def build_model(recipe: Recipe, *, device: torch.device, precision: str) -> Mode
         if recipe.training.gradient_checkpointing:
             weights.recompute_activations(model, frozen_embeddings=lora)
         check_trainable_dtype(model)
-    prompt, lengths = prompt_of(recipe)
-    return ModelBundle(
-        model=model,
-        tokenizer=tokenizer,
-        family=family,
-        base=base,
-        report=describe(model, vocabulary_before, len(tokenizer), device, precision),
-        prompt=prompt,
-        lengths=lengths,
-        quantization=recipe.quantization.model_dump() if recipe.quantization.load_in_4bit else None,
-    )
+        prompt, lengths = prompt_of(recipe)
+        bundle = ModelBundle(
+            model=model,
+            tokenizer=tokenizer,
+            family=family,
+            base=base,
+            report=describe(model, vocabulary_before, len(tokenizer), device, precision),
+            prompt=prompt,
+            lengths=lengths,
+            quantization=recipe.quantization.model_dump() if recipe.quantization.load_in_4bit else None,
+        )
+        trial.try_out(bundle)
+    return bundle
 
 
 def _sources(recipe: Recipe, lora: bool) -> tuple[Source, Path | None]:
@@ -116,7 +120,9 @@ def _random_model(
     recipe: Recipe,
     folder: Path | None,
     dtype: torch.dtype,
+    device: torch.device,
 ) -> nn.Module:
+    """Random weights of the configuration's shapes, on the device."""
     from transformers import GenerationConfig
 
     multiple = recipe.tokenizer.pad_to_multiple_of or 1
@@ -124,15 +130,14 @@ def _random_model(
     fixed = recipe.model.name_or_path is not None or "vocab_size" in (recipe.model.config or {})
     # A benchmark at a model's real shape keeps that model's rows; otherwise the vocabulary decides.
     config.vocab_size = max(rows, config.vocab_size) if fixed else rows
-    try:
+    with blaming("E4.9", "no model can be built", "model.config", "check model.config"):
+        memory.check_weights_fit(config, device)
         model = weights.auto_class(config).from_config(
             config, **weights.attention(recipe.model.attn_implementation), dtype=torch.float32
         )
-    except Exception as error:  # shapes that do not fit together surface as many types
-        raise EngineError("E4.9", f"no model can be built: {error}", "model.config", "check model.config") from error
     if folder is not None and (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-    return weights.cast(model, dtype)
+    return weights.cast(model, dtype).to(device)
 
 
 def _identity(recipe: Recipe, config: PreTrainedConfig, source: Source) -> BaseIdentity:

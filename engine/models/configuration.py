@@ -11,8 +11,8 @@ from torch import nn
 
 from engine import families
 from engine.errors import EngineError
-from engine.models.hub import first_line
 from engine.recipe.dump import SECRET_KEYS
+from engine.runtime.faults import blaming
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerFast
@@ -35,16 +35,13 @@ def load_config(settings: Model, folder: Path | None) -> PreTrainedConfig:
     # A token among the values would be saved in every config.json of the run; the hub's own login serves its purpose.
     overlay = {key: value for key, value in (settings.config or {}).items() if key.lower() not in SECRET_KEYS}
     where = str(folder) if folder else "model.config"
-    try:
+    with blaming("E4.9", "model configuration refused", where, "check model.config and the model type"):
         if folder is None:
             config = AutoConfig.for_model(overlay.pop("model_type"), **overlay)
         else:
             config = AutoConfig.from_pretrained(
                 folder, trust_remote_code=settings.trust_remote_code, local_files_only=True, **overlay
             )
-    except Exception as error:  # transformers raises many types on a bad configuration
-        what = f"model configuration refused: {first_line(error)}"
-        raise EngineError("E4.9", what, where, "check model.config and the model type") from error
     unknown = [key for key in overlay if not hasattr(config, key)]
     if unknown:
         raise EngineError("E2.47", f"model.config has no key {', '.join(unknown)}", where, "check the spelling")

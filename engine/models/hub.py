@@ -13,6 +13,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 from engine.checkpoints.manifest import PICKLES
 from engine.errors import EngineError
 from engine.runtime import atomic
+from engine.runtime.faults import blaming
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
@@ -59,15 +61,18 @@ class Source:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a model folder; anything else is exit 4 with the file's name."""
-    try:
+    with blaming("E4.9", "unreadable model file", path, "download it again"):
         return atomic.read_json(path, strict=False)  # Mamba's configurations hold Infinity
-    except (OSError, ValueError, RecursionError) as error:
-        raise EngineError("E4.9", f"unreadable model file: {error}", str(path), "download it again") from error
 
 
-def first_line(error: Exception) -> str:
-    """The first line of an error's text: libraries append pages of advice."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+def blaming_folder(where: str | Path | None) -> AbstractContextManager[None]:
+    """The border around all use of a model folder: what no closer look has named is E4.16, with the folder's name.
+
+    Args:
+        where: the folder or its name; None where a recipe's `model.config` alone describes the model.
+    """
+    next = "check the folder's JSON files, or download it again" if where else "check model.config"
+    return blaming("E4.16", "the model cannot be used", where or "model.config", next)
 
 
 def is_adapter(folder: Path) -> bool:
@@ -85,9 +90,10 @@ def resolve(name: str, *, revision: str | None = None, trust_remote_code: bool =
         EngineError: E4.1 where it cannot be had, E4.2 to E4.5 where it may not be loaded.
     """
     check_remote_code_settings(trust_remote_code, revision)
-    path = Path(name).expanduser()
-    folder = path if path.is_dir() else _download(name, revision, weights, code=trust_remote_code)
-    check_folder(folder, trust_remote_code=trust_remote_code, weights=weights)
+    with blaming_folder(name):
+        path = Path(name).expanduser()
+        folder = path if path.is_dir() else _download(name, revision, weights, code=trust_remote_code)
+        check_folder(folder, trust_remote_code=trust_remote_code, weights=weights)
     return folder
 
 
@@ -258,16 +264,15 @@ def weight_names(folder: Path) -> set[str]:
 
 def _stored(folder: Path) -> Iterator[tuple[str, str, int]]:
     """Name, type and size of each stored weight, by the files' headers. Raises: EngineError E4.8 for a damaged file."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     for shard in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(shard, framework="pt") as file:
-                parts = {key: file.get_slice(key) for key in file.keys()}
-                yield from ((key, part.get_dtype(), math.prod(part.get_shape())) for key, part in parts.items())
-        except (OSError, SafetensorError) as error:
-            what = f"unreadable weight file: {first_line(error)}"
-            raise EngineError("E4.8", what, str(shard), "download it again") from error
+        with (
+            blaming("E4.8", "unreadable weight file", shard, "download it again"),
+            safe_open(shard, framework="pt") as file,
+        ):
+            parts = {key: file.get_slice(key) for key in file.keys()}
+            yield from ((key, part.get_dtype(), math.prod(part.get_shape())) for key, part in parts.items())
 
 
 # Bases of adapters

@@ -11,10 +11,11 @@ from torch import nn
 
 from engine.data.prompts import PromptSettings
 from engine.errors import EngineError
-from engine.models import adapters, configuration, hub, tokenization, weights
+from engine.models import adapters, configuration, hub, tokenization, trial, weights
 from engine.models.bundle import LENGTHS, PROMPT_FILE, ModelBundle, describe, prompt_of
 from engine.recipe.load import load_recipe
 from engine.recipe.schema import Model, Quantization, Recipe
+from engine.runtime.faults import blaming
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -43,7 +44,7 @@ def load_trained(
         EngineError: E4 where the folder is unusable or its prompt settings were changed.
     """
     precision = precision or weights.default_precision(device)
-    with weights.quiet_transformers(), weights.seeded(0):
+    with weights.quiet_transformers(), weights.seeded(0), hub.blaming_folder(path):
         folder = hub.resolve(str(path))
         adapter = folder if hub.is_adapter(folder) else None
         source = hub.resolve_base(adapter, base) if adapter else hub.Source(str(folder), None, folder)
@@ -67,17 +68,19 @@ def load_trained(
             model = adapters.load(model, adapter, trainable=False)
         configuration.align_generation_config(model, tokenizer, family)
         prompt, lengths = _read_prompt(folder, tokenizer)
-    return ModelBundle(
-        model=model.eval(),
-        tokenizer=tokenizer,
-        family=family,
-        base=hub.identify(source),
-        report=describe(model, len(tokenizer), len(tokenizer), device, precision),
-        prompt=prompt,
-        lengths=lengths,
-        quantization=quantization,
-        prompt_is_known=any((folder / name).is_file() for name in (PROMPT_FILE, "recipe.yaml")),
-    )
+        bundle = ModelBundle(
+            model=model.eval(),
+            tokenizer=tokenizer,
+            family=family,
+            base=hub.identify(source),
+            report=describe(model, len(tokenizer), len(tokenizer), device, precision),
+            prompt=prompt,
+            lengths=lengths,
+            quantization=quantization,
+            prompt_is_known=any((folder / name).is_file() for name in (PROMPT_FILE, "recipe.yaml")),
+        )
+        trial.try_out(bundle)
+    return bundle
 
 
 def _check_rows(model: nn.Module, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
@@ -96,12 +99,12 @@ def _read_prompt(folder: Path, tokenizer: PreTrainedTokenizerFast) -> tuple[Prom
         log.warning("%s is missing: the prompt is the one of %s", path, recipe)
         return prompt_of(load_recipe(recipe))
     record = hub.read_json(path)
-    try:
+    with blaming("E4.10", "prompt settings unreadable", path, "restore the file"):
         settings = PromptSettings.from_dict(record["prompt"])
-        lengths = {name: int(record["data"][name]) for name in LENGTHS}
+        lengths = {name: record["data"][name] for name in LENGTHS}
+        if not all(type(length) is int and length > 0 for length in lengths.values()):
+            raise ValueError(f"lengths are {lengths}")
         fingerprint = record["fingerprint"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise EngineError("E4.10", f"prompt settings unreadable: {error}", str(path), "restore the file") from error
     if fingerprint != settings.fingerprint(tokenizer.chat_template):
         what = "prompt settings or chat template were changed after training"
         advice = "restore the folder as it was saved; a model must be prompted the way it was trained"

@@ -11,12 +11,15 @@ import copy
 import logging
 import math
 import os
+import resource
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from engine import families
+from engine.errors import EngineError
 from engine.models import adapters, configuration, hub, tokenization, weights
 
 if TYPE_CHECKING:
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("engine.memory")
 
+_MOST_LAYERS = 1_000  # eight times the deepest model that there is
 _QUANT_BLOCK, _SCALE_BLOCK = 64, 256  # bitsandbytes: weights per scale, scales per scale of scales
 _OPTIMIZER_BLOCK, _OPTIMIZER_MIN = 256, 4096  # bitsandbytes: 8-bit states of a block; smaller tensors keep 32 bits
 _PARTS = (
@@ -57,6 +61,7 @@ def estimate(
         wanted = recipe.training.precision
         precision = weights.default_precision(device) if wanted == "auto" else wanted
     config, new_tokens = _config(recipe)
+    check_depth(config)
     model = _hollow_model(config, recipe, precision, new_tokens)
     shape = _shape(recipe, config)
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -107,10 +112,37 @@ def exceeds(estimate: dict[str, Any], device: torch.device) -> bool:
 
 
 def device_bytes(device: torch.device) -> int:
-    """All memory of the device: of the GPU, or of this machine."""
+    """All memory of the device: of the GPU, or of this machine, as far as this process may use it."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    most, _ = resource.getrlimit(resource.RLIMIT_AS)
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return machine if most == resource.RLIM_INFINITY else min(machine, most)
+
+
+def check_depth(config: PreTrainedConfig) -> None:
+    """Raises: EngineError E2.59 for more layers than any model has: making them would take minutes to find that out."""
+    for key in families.of(config.model_type).depths:
+        layers = getattr(config, key, None)
+        if isinstance(layers, int) and layers > _MOST_LAYERS:
+            what = f"{key} is {layers:,}; at most {_MOST_LAYERS:,} layers are built"
+            raise EngineError("E2.59", what, "model.config", f"lower model.config.{key}")
+
+
+def check_weights_fit(config: PreTrainedConfig, device: torch.device) -> None:
+    """Refuse a new model before it is made, by its number of weights. Raises: EngineError E8.3, and E2.59 for its depth."""
+    check_depth(config)
+
+    def count(shallow: PreTrainedConfig) -> int:
+        with torch.device("meta"):
+            return sum(p.numel() for p in weights.auto_class(shallow).from_config(shallow).parameters())
+
+    outside, layers = _by_layers(config, count)
+    depths = [getattr(config, key) for key in families.of(config.model_type).depths]
+    total = outside + sum(cost * depth for cost, depth in zip(layers, depths, strict=True))
+    if 4 * total > (most := device_bytes(device)):
+        what = f"{total:,} weights take {_size(4 * total).strip()} in float32; {device} has {_size(most).strip()}"
+        raise EngineError("E8.3", what, "model.config", "make the model smaller", safe="nothing was started")
 
 
 def _size(count: int) -> str:
@@ -245,23 +277,12 @@ def _activations(
     config: PreTrainedConfig, recipe: Recipe, precision: str, new_tokens: int, shape: dict[str, int]
 ) -> int:
     """Bytes that autograd keeps for the backward pass; with checkpointing, layer inputs and one layer's activations."""
-    keys = families.of(config.model_type).depths
-    depths = [getattr(config, key) for key in keys]
+    depths = [getattr(config, key) for key in families.of(config.model_type).depths]
 
-    def kept(*layers: int) -> int:
-        shallow = copy.deepcopy(config)
-        for key, count in zip(keys, layers, strict=True):
-            setattr(shallow, key, count)
-        if getattr(shallow, "layer_types", None):  # one entry per layer
-            shallow.layer_types = shallow.layer_types[: layers[-1]]
+    def kept(shallow: PreTrainedConfig) -> int:
         return saved_bytes(_hollow_model(shallow, recipe, precision, new_tokens), shape, precision)
 
-    least = [1] * len(keys)
-    outside = base = kept(*least)
-    layers = []
-    for position in range(len(keys)):
-        layers.append(kept(*(2 if at == position else 1 for at in range(len(keys)))) - base)
-        outside -= layers[-1]
+    outside, layers = _by_layers(config, kept)
     if not recipe.training.gradient_checkpointing:
         return outside + sum(cost * depth for cost, depth in zip(layers, depths, strict=True))
     width = 2 if precision != "fp32" else 4
@@ -271,6 +292,23 @@ def _activations(
         for depth, length in zip(depths, tokens, strict=True)
     )
     return outside + inputs + max(layers)
+
+
+def _by_layers(config: PreTrainedConfig, measure: Callable[[PreTrainedConfig], int]) -> tuple[int, list[int]]:
+    """What `measure` finds outside the layers, and in one layer of each stack: by models of one and of two layers."""
+    keys = families.of(config.model_type).depths
+
+    def measured(*layers: int) -> int:
+        shallow = copy.deepcopy(config)
+        for key, count in zip(keys, layers, strict=True):
+            setattr(shallow, key, count)
+        if getattr(shallow, "layer_types", None):  # one entry per layer
+            shallow.layer_types = shallow.layer_types[: layers[-1]]
+        return measure(shallow)
+
+    base = measured(*[1] * len(keys))
+    layers = [measured(*(2 if at == place else 1 for at in range(len(keys)))) - base for place in range(len(keys))]
+    return base - sum(layers), layers
 
 
 def saved_bytes(model: nn.Module, shape: dict[str, int], precision: str) -> int:

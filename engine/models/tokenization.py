@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from engine.errors import EngineError
 from engine.models import hub
 from engine.runtime.atomic import storage_error
+from engine.runtime.faults import blaming
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -91,16 +92,13 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    try:
+    with blaming("E4.12", "no usable tokenizer", folder, "set tokenizer.name_or_path"):
         if (folder / "tokenizer.json").is_file() and not trust_remote_code:
             tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
         else:
             tokenizer = AutoTokenizer.from_pretrained(
                 folder, trust_remote_code=trust_remote_code, local_files_only=True
             )
-    except Exception as error:  # transformers and tokenizers raise many unrelated types on a bad file
-        what = f"no usable tokenizer: {error}"
-        raise EngineError("E4.12", what, str(folder), "set tokenizer.name_or_path") from error
     tokenizer.clean_up_tokenization_spaces = False  # it would turn " ." into "." in decoded Korean text as well
     return tokenizer
 

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from engine import families
 from engine.errors import EngineError
 from engine.generation.modelstate import bare
 from engine.models import adapters, hub
-from engine.models.hub import first_line
+from engine.runtime.faults import blaming
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -54,23 +55,22 @@ def load_folder(
         arguments |= {"quantization_config": quantization, "device_map": {"": device}}
     if offload_folder is not None:
         arguments |= {"device_map": "auto", "offload_folder": str(offload_folder)}
-    try:
-        model, info = auto_class(config).from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-            local_files_only=True,
-            output_loading_info=True,
-            **arguments,
-        )
-    except torch.OutOfMemoryError as error:
-        what = "the device has too little memory for the weights alone"
-        raise EngineError("E8.2", what, str(folder), "try quantization.load_in_4bit=true") from error
-    except Exception as error:  # transformers raises many unrelated types on a bad folder
-        what = f"the weights cannot be loaded: {first_line(error)}"
-        raise EngineError("E4.8", what, str(folder), "check the folder, or download it again") from error
+    _check_depth(folder, config)
+    with blaming("E4.8", "the weights cannot be loaded", folder, "check the folder, or download it again"):
+        try:
+            model, info = auto_class(config).from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                local_files_only=True,
+                output_loading_info=True,
+                **arguments,
+            )
+        except torch.OutOfMemoryError as error:
+            what = "the device has too little memory for the weights alone"
+            raise EngineError("E8.2", what, str(folder), "try quantization.load_in_4bit=true") from error
     if quantization is not None:
         adapters.keep_weights_as_loaded(model)
     missing = sorted(info["missing_keys"])
@@ -82,6 +82,16 @@ def load_folder(
         # T5's configuration always says "tied"; believed, it would overwrite the output head at the next resize.
         model.config.tie_word_embeddings = False
     return model if "device_map" in arguments else model.to(device)
+
+
+def _check_depth(folder: Path, config: PreTrainedConfig) -> None:
+    """Refuse a configuration of more layers than the folder has weights, before all of them are made to find that out."""
+    most = len(hub.weight_names(folder))
+    for key in families.of(config.model_type).depths:
+        layers = getattr(config, key, None)
+        if isinstance(layers, int) and layers > most:
+            what = f"config.json asks for {layers} layers ({key}), the folder holds {most} weights in all"
+            raise EngineError("E4.8", what, str(folder), "restore config.json, or download the model again")
 
 
 def too_large(folder: Path, dtype: torch.dtype, device: torch.device) -> bool:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
+from engine.checkpoints.history import pointed_at
 from engine.data.prompts import PromptSettings
 from engine.errors import EngineError
 from engine.models.load import load_trained
@@ -22,7 +23,6 @@ from engine.prediction.submission import submission_table, without_empty, write_
 from engine.prediction.summarizer import Summarizer, Summary
 from engine.recipe.load import COMMAND_LINE, load_recipe, with_overrides
 from engine.recipe.schema import Generation, Recipe
-from engine.runtime.atomic import read_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -193,7 +193,7 @@ def model_folder(path: Path) -> Path:
     """The model inside `path`: a run's final_model or its best checkpoint, else the folder itself.
 
     Raises:
-        EngineError: E4 where there is neither.
+        EngineError: E4.20 where there is neither, E5.11 where the run's pointer to its best checkpoint is broken.
     """
     if (path / "final_model").is_dir():
         return path / "final_model"
@@ -201,7 +201,7 @@ def model_folder(path: Path) -> Path:
         return path
     for pointer in ("best.json", "last.json"):
         if (path / pointer).is_file():
-            return path / f"checkpoint-{read_json(path / pointer)['step']}"
+            return pointed_at(path / pointer)
     raise EngineError(
         "E4.20", "no model here", str(path), "give a run folder or a model folder", safe="nothing was written"
     )

@@ -19,6 +19,7 @@ from engine.generation import api, constraints
 from engine.generation.settings import GenerationSettings
 from engine.models import configuration
 from engine.prediction.postprocess import RULES, postprocess
+from engine.runtime.faults import blaming
 
 if TYPE_CHECKING:
     from engine.data.encode import Feature, TextEncoder
@@ -55,7 +56,7 @@ class Summarizer:
             long as the model's training targets.
         batch_size: most dialogues decoded at once.
 
-    Raises: EngineError: E2.36 for settings that do not fit each other or the model.
+    Raises: EngineError: E2.36 for settings that do not fit each other or the model, E4.17 for the model's own.
     """
 
     def __init__(self, bundle: ModelBundle, encoder: TextEncoder, generation: Generation, *, batch_size: int) -> None:
@@ -83,20 +84,30 @@ class Summarizer:
         return values
 
     def _resolve(self, values: dict[str, Any]) -> GenerationSettings:
-        try:
-            settings = GenerationSettings.resolve(
-                values,
-                model_generation_config=self.bundle.model.generation_config,
-                is_encoder_decoder=self.bundle.family == "seq2seq",
-            )
-            settings.check_token_ids(self._vocabulary, values)
-            if self.bundle.family == "seq2seq" and settings.extra.get("guidance_scale", 1) != 1:
-                raise ValueError("generation.guidance_scale: transformers guides causal LMs only")
-            return settings
-        except ValueError as error:
-            raise EngineError(
-                "E2.36", str(error), "generation", "change that setting", safe="nothing was decoded"
-            ) from error
+        """The settings in force. What cannot be is the user's fault, E2.36, unless the model's own settings alone cannot be."""
+        what, where = (
+            "the model's own generation settings cannot be used",
+            f"generation_config.json of {self.bundle.base.name}",
+        )
+        with blaming("E4.17", what, where, "mend the file, or give another value for that setting"):
+            try:
+                return self._checked(values)
+            except ValueError as error:
+                self._checked({})
+                safe = "nothing was decoded"
+                raise EngineError("E2.36", str(error), "generation", "change that setting", safe=safe) from error
+
+    def _checked(self, values: dict[str, Any]) -> GenerationSettings:
+        """Raises: ValueError for settings that do not fit each other or the model, TypeError and others for what is none."""
+        settings = GenerationSettings.resolve(
+            values,
+            model_generation_config=self.bundle.model.generation_config,
+            is_encoder_decoder=self.bundle.family == "seq2seq",
+        )
+        settings.check_token_ids(self._vocabulary, values)
+        if self.bundle.family == "seq2seq" and settings.extra.get("guidance_scale", 1) != 1:
+            raise ValueError("generation.guidance_scale: transformers guides causal LMs only")
+        return settings
 
     @property
     def _vocabulary(self) -> int:

@@ -75,7 +75,7 @@ class Model(Section):
 class Tokenizer(Section):
     name_or_path: str | None = Field(None, description="Hub id or folder; null uses the model's, or trains one when model.init is random.")
     added_tokens: list[str] = Field(default_factory=lambda: list(PLACEHOLDERS), description="Tokens that must stay whole; added where missing, never as special tokens.")
-    train_vocab_size: Positive | None = Field(None, description="Vocabulary of a SentencePiece tokenizer trained on data.train_file when none is given.")
+    train_vocab_size: Positive | None = Field(None, le=1_000_000, description="Vocabulary of a SentencePiece tokenizer trained on data.train_file when none is given.")
     train_model_type: Literal["unigram", "bpe"] = Field("unigram", description="Algorithm of the tokenizer trained here.")
     pad_to_multiple_of: Positive | None = Field(None, description="Round the embedding matrix up to a multiple of this many rows.")
 

@@ -78,7 +78,7 @@ def read_json(path: Path, *, strict: bool = True) -> dict[str, Any]:
         strict: refuse NaN and Infinity, which JSON does not have; model configurations write them all the same.
 
     Raises:
-        ValueError: not a JSON object, or larger than 64 MiB.
+        ValueError: not a JSON object, nested too deeply, or larger than 64 MiB.
         OSError: no such file.
     """
 
@@ -92,9 +92,12 @@ def read_json(path: Path, *, strict: bool = True) -> dict[str, Any]:
 
     if path.stat().st_size > _MAX_JSON_BYTES:
         raise ValueError(f"larger than {_MAX_JSON_BYTES >> 20} MiB")
-    value = json.loads(path.read_text(encoding="utf-8"), parse_constant=constant)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=constant)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
     if not isinstance(value, dict):
-        raise ValueError(f"not a JSON object but {value!r}"[:80])
+        raise ValueError("not a JSON object")
     return value
 
 

@@ -29,8 +29,9 @@ _LOST_PEER = (
     "processgroup",
     "broken pipe",
 )
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG}
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG}
+# A process at its limit meets it anywhere: in an allocator, in a thread that cannot start, in a library that is not mapped.
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "can't start new thread")
 
 
 class Outcome:
@@ -56,7 +57,7 @@ def classify(error: BaseException, batch: Mapping[str, Tensor] | None = None) ->
     if isinstance(error, EngineError):
         return error
     text = " ".join(str(error).split())[:300]
-    if isinstance(error, MemoryError) or _is_torch(error, "OutOfMemoryError") or _mentions(error, text, _OUT_OF_MEMORY):
+    if _out_of_memory(error, text):
         return EngineError(
             "E8.1",
             f"out of memory: {text or type(error).__name__}",
@@ -74,14 +75,23 @@ def classify(error: BaseException, batch: Mapping[str, Tensor] | None = None) ->
             _shapes(batch),
             "look at the other ranks' output, then --resume auto",
         )
-    if isinstance(error, OSError) and (error.errno in _DISK or error.filename):
+    if isinstance(error, OSError) and (error.errno in DISK or error.filename):
         return EngineError(
             "E6.5",
-            f"a file could not be {'written' if error.errno in _DISK else 'used'}: {os.strerror(error.errno or errno.EIO)}",
+            f"a file could not be {'written' if error.errno in DISK else 'used'}: {os.strerror(error.errno or errno.EIO)}",
             str(error.filename2 or error.filename or ""),
-            f"{'free some space' if error.errno in _DISK else 'see what lies there'}, then --resume auto",
+            f"{'free some space' if error.errno in DISK else 'see what lies there'}, then --resume auto",
         )
     return EngineError("E1.1", f"{type(error).__name__}: {text}", "", "please report this with the traceback")
+
+
+def _out_of_memory(error: BaseException, text: str) -> bool:
+    # A SystemError comes from C code that gave up without a word, which is what an allocation that failed looks like there.
+    if isinstance(error, MemoryError | SystemError) or _is_torch(error, "OutOfMemoryError"):
+        return True
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return True
+    return isinstance(error, RuntimeError | ImportError | OSError) and any(m in text.lower() for m in _OUT_OF_MEMORY)
 
 
 def _is_torch(error: BaseException, name: str) -> bool:

@@ -14,9 +14,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import EngineError
 from engine.models import weights
 from engine.runtime.atomic import read_json, write_json_atomically, write_text_atomically
+from engine.runtime.faults import blaming
 from engine.runtime.lock import taking_turns
 from engine.runtime.run_status import STATUS
 from engine.training import evaluation
@@ -150,11 +150,9 @@ def _read_table(path: Path) -> list[Mapping[str, Any]]:
 def already_complete(run_dir: Path, runtime: Runtime) -> dict[str, Any]:
     """What the finished run left. Raises: EngineError E6.7 where that cannot be read any more."""
     path = run_dir / "results.json"
-    try:
+    what, safe = "the run is complete, but its results cannot be read", "model and checkpoints are untouched"
+    next = f"remove {run_dir / STATUS}; then --resume auto writes the results again, from the last checkpoint"
+    with blaming("E6.7", what, path, next, safe=safe):
         record = read_json(path)
-    except (OSError, ValueError) as error:
-        what = f"the run is complete, but its results cannot be read: {error}"
-        next = f"remove {run_dir / STATUS}; then --resume auto writes the results again, from the last checkpoint"
-        raise EngineError("E6.7", what, str(path), next, safe="model and checkpoints are untouched") from error
     log.info("%s is already complete; nothing to do", run_dir)
     return record

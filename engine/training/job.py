@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.checkpoints.host_copies import weights_of
+from engine.checkpoints.state_files import check_alike
 from engine.checkpoints.store import EngineState
 from engine.data.collate import IGNORE_INDEX
 from engine.models.bundle import save_model
@@ -49,7 +50,12 @@ class Learner(NamedTuple):
         return {name: part.state_dict() for name, part in parts.items()}
 
     def load_states(self, saved: EngineState) -> None:
-        """The inverse. Raises: KeyError, RuntimeError, TypeError, ValueError for states of other parts."""
+        """The inverse. Raises: ValueError and others for states of other parts."""
+        own = self.states()
+        check_alike(saved.scheduler, own["scheduler"], "schedule")
+        check_alike(saved.scaler, own["scaler"], "scaler")
+        check_alike(saved.optimizer["param_groups"], own["optimizer"]["param_groups"], "optimizer")
+        optim.check_moments(self.optimizer, saved.optimizer)
         self.optimizer.load_state_dict(saved.optimizer)
         self.schedule.load_state_dict(saved.scheduler)
         self.scaler.load_state_dict(saved.scaler)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -53,6 +54,27 @@ def build_optimizer(groups: list[dict[str, Any]], training: Training, device: to
         "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit,
     }
     return factories[training.optim](groups, **settings)
+
+
+def check_moments(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
+    """Raises: ValueError for moments that the optimizer would only stumble over in its next update.
+
+    Libraries with 8-bit moments keep other things for large parameters than for small ones; of those only the kind is known.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    ids = [group["params"] for group in optimizer.state_dict()["param_groups"]]
+    if [group["params"] for group in saved["param_groups"]] != ids:
+        raise ValueError("the optimizer's groups hold other parameters")
+    for index, moments in saved["state"].items():
+        shape = parameters[index].shape
+        for name, value in moments.items():
+            if not isinstance(value, torch.Tensor | int | float):
+                raise ValueError(f"optimizer.{index}.{name} is no number")
+        if not isinstance(optimizer, torch.optim.AdamW):
+            continue
+        kept = {name: value.shape for name, value in moments.items() if isinstance(value, torch.Tensor)}
+        if kept != {"step": torch.Size(), "exp_avg": shape, "exp_avg_sq": shape}:
+            raise ValueError(f"optimizer.{index} holds {kept} for a parameter of shape {tuple(shape)}")
 
 
 def total_updates(training: Training, updates_per_epoch: int) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.checkpoints.identity import identity_of
-from engine.checkpoints.store import CheckpointStore
+from engine.checkpoints.store import CheckpointStore, refusing
 from engine.data import encode, rows
 from engine.data.windows import WindowSampler
 from engine.errors import EngineError
@@ -115,7 +115,8 @@ def prepare(
         trained_on = TrainingRows(splits.train, features, sampler)
         job = Job(recipe, runtime, bundle, learner, trained_on, dev, summarizer, store, tracker, state)
         if random_state is not None:
-            runtime.restore_random_state(random_state)  # last: nothing between here and the first update may draw
+            with refusing(found):
+                runtime.restore_random_state(random_state)  # last: nothing from here to the first update may draw
         runtime.signals.enter_loop()
         try:
             yield job
@@ -132,13 +133,10 @@ def _load(
     Raises: EngineError E5.8 for states that these parts cannot have had.
     """
     saved = store.load_state(found)
-    weights.load_weights(bundle.model, found)
-    try:
+    with refusing(found):
+        weights.load_weights(bundle.model, found)
         learner.load_states(saved)
         state = TrainerState.from_dict(saved.position)
-    except (KeyError, RuntimeError, TypeError, ValueError) as error:
-        what = f"the saved state does not fit this run: {error}"
-        raise EngineError("E5.8", what, str(found), "resume with the recipe it was saved by") from error
     log.info("resumed at step %d from %s", state.step, found)
     return state, saved.rng
 

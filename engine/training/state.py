@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -75,8 +76,18 @@ class TrainerState:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainerState:
-        """The inverse. Raises: TypeError for a name that is none of ours."""
-        return cls(**{_FORMER_NAMES.get(name, name): value for name, value in values.items()})
+        """The inverse. Raises: TypeError for a name that is none of ours, ValueError for a value of another kind."""
+        state = cls(**{_FORMER_NAMES.get(name, name): value for name, value in values.items()})
+        for field in fields(state):
+            kind, value = field.type.split(" | "), getattr(state, field.name)
+            if not (value is None and "None" in kind) and not _KINDS[kind[0]](value):
+                raise ValueError(f"{field.name} is not {field.type}")
+        return state
 
 
+_KINDS: dict[str, Callable[[Any], bool]] = {
+    "int": lambda value: type(value) is int and value >= 0,
+    "float": lambda value: type(value) in (int, float),
+    "str": lambda value: isinstance(value, str),
+}
 _FORMER_NAMES = {"interval_cells": "interval_all_tokens"}  # checkpoints written under the old name still resume

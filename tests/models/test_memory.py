@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import tiny
 import torch
 from generation_toys import one_thread  # noqa: F401
 
+from engine.errors import EngineError
 from engine.models import adapters, build, memory
 from engine.recipe.schema import Recipe
 from engine.training import optim
@@ -164,3 +166,30 @@ def test_measured_peak_is_this_process_own(root):
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True)
     assert 0.05 < float(done.stdout) < ballast.nbytes / 2**30
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"encoder_layers": 100_000}, r"E2\.59.*encoder_layers is 100,000; at most 1,000"),
+        ({"decoder_layers": 2_000_000}, r"E2\.59.*decoder_layers is 2,000,000"),
+        ({"d_model": 200_000}, r"E8\.3.*weights take .* GiB in float32; cpu has"),
+        ({"vocab_size": 2_000_000_000}, r"E8\.3"),
+    ],
+)
+def test_a_model_that_cannot_be_is_refused_in_seconds(change, match, tmp_path):
+    began = time.monotonic()
+    rows = tiny.write_rows(tmp_path / "train.jsonl")
+    made = Recipe(
+        model={"init": "random", "config": tiny.config_values("bart", **change)},
+        tokenizer={"train_vocab_size": 400, "added_tokens": []},
+        data={"train_file": str(rows)},
+    )
+    with pytest.raises(EngineError, match=match):
+        build.build_model(made, device=CPU, precision="fp32")
+    assert time.monotonic() - began < 30  # seconds, on a busy machine
+
+
+def test_a_limit_on_memory_counts_as_this_machines(monkeypatch):
+    monkeypatch.setattr(memory.resource, "getrlimit", lambda kind: (1 << 30, 1 << 30))
+    assert memory.device_bytes(CPU) == 1 << 30

@@ -1,0 +1,95 @@
+"""A short dialogue through a model that has just been loaded, from its template to a decoded token.
+
+Files can be wrong in ways that loading does not see: a length that is text, a bias that is no number, a probability of -1, a
+template that writes no text or never ends. They show here, in milliseconds and with the folder's name, and not hours later
+in an evaluation.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from engine.data.rows import Example
+from engine.errors import DATA, EngineError
+from engine.generation.api import generate_all
+from engine.generation.settings import GenerationSettings
+from engine.models import adapters, configuration
+
+if TYPE_CHECKING:
+    from engine.models.bundle import ModelBundle
+
+_DIALOGUE = "#Person1#: 안녕하세요?\n#Person2#: 네."
+_TOKENS = 8  # of the prompt that the model reads
+_LINES = 2_000_000  # of Python, about a second: a template that needs more for two turns does not end
+_ONE_TOKEN = {"max_new_tokens": 1, "num_beams": 1, "num_return_sequences": 1, "do_sample": False}
+
+
+@torch.no_grad()
+def try_out(bundle: ModelBundle) -> None:
+    """Render, tokenise, decode one token and turn it back into text. Leaves no trace in the model.
+
+    Raises: whatever goes wrong; the caller stands inside `faults.blaming`.
+    """
+    encoder = bundle.text_encoder()
+    encoder = replace(encoder, max_source_length=1 << 30)  # whether a prompt fits is a question for each dialogue
+    with _ending(_LINES):
+        ids = _prompt(encoder)
+    room, _ = configuration.most_tokens(bundle.model, bundle.family)
+    was_training = bundle.model.training
+    try:
+        token_ids = _decode(bundle, ids[: int(min(room - 1, _TOKENS))])
+    finally:
+        bundle.model.train(was_training)
+    encoder.decode(token_ids)
+
+
+def _prompt(encoder: Any) -> list[int]:
+    example = Example(id="trial", dialogue=_DIALOGUE, references=(), topic=None, row=1)
+    try:
+        return encoder.prompt_feature(example, 0).input_ids
+    except EngineError as error:
+        if error.exit_code != DATA:
+            raise
+        raise ValueError(f"a dialogue of two turns has no token: {error.what}") from error
+
+
+def _decode(bundle: ModelBundle, ids: list[int]) -> list[int]:
+    model = bundle.model.eval()
+    try:
+        settings = GenerationSettings.resolve(
+            _ONE_TOKEN, model_generation_config=model.generation_config, is_encoder_decoder=bundle.family == "seq2seq"
+        )
+    except ValueError:
+        return ids  # a setting out of its range, which the user's own may replace: the summarizer judges what is left
+    pad = bundle.tokenizer.pad_token_id
+    # Adapters are float32 on a base in the compute type; only autocast brings them together.
+    dtype = adapters.DTYPES[bundle.report["precision"]]
+    with torch.autocast(model.device.type, dtype=dtype, enabled=dtype != torch.float32):
+        ((best, *_),) = generate_all(model, [ids], settings, pad_token_id=pad, tokenizer=bundle.tokenizer)
+    return best.token_ids
+
+
+@contextmanager
+def _ending(limit: int) -> Iterator[None]:
+    """Bound a computation by lines of Python. A template is a program that nobody else can interrupt: it has no sleep, no
+    wait and no signal, only loops."""
+    lines, before = 0, sys.gettrace()
+
+    def count(frame: Any, event: str, argument: Any) -> Any:
+        nonlocal lines
+        lines += event == "line"
+        if lines > limit:
+            raise RuntimeError("the chat template does not end")
+        return count
+
+    sys.settrace(count)
+    try:
+        yield
+    finally:
+        sys.settrace(before)

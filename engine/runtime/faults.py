@@ -1,0 +1,49 @@
+"""The border at which other people's files are read: what they did wrong there is told in one line, under its exit code.
+
+Libraries raise anything on a bad file, and each release something else; so the places that read files do not list types of
+exceptions but stand inside `blaming`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from engine import errors
+from engine.errors import EngineError
+from engine.runtime.exits import DISK, classify
+
+_LONGEST = 200  # characters of a library's own words
+_PLAIN = (ValueError, RuntimeError, OSError)  # their text is a sentence; of other types the name says half of it
+
+
+@contextmanager
+def blaming(code: str, what: str, where: str | Path = "", next: str = "", *, safe: str | None = None) -> Iterator[None]:
+    """Turn whatever fails inside into `EngineError(code)`, "<what>: <the library's first line>".
+
+    Left alone are errors that are told already, requests to stop, and what no file is guilty of: too little memory (E8)
+    and a disk that is full or broken (E6).
+    """
+    try:
+        yield
+    except EngineError:
+        raise
+    except BaseException as error:
+        # Rust libraries panic past `except Exception`, on nothing worse than a key that is missing in a file.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        known = classify(error)
+        if known.exit_code == errors.MEMORY:
+            raise known from error
+        if isinstance(error, OSError) and error.errno in DISK:
+            raise
+        raise EngineError(code, f"{what}: {first_line(error)}", str(where), next, safe=safe) from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, of bounded length: libraries append pages of advice, and whole files."""
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    if not isinstance(error, _PLAIN) or not line:
+        line = f"{type(error).__name__}: {line}" if line else type(error).__name__
+    return line if len(line) <= _LONGEST else line[: _LONGEST - 3] + "..."
