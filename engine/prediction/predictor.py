@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tqdm import tqdm
 
 from engine.checkpoints.history import pointed_at
 from engine.data.prompts import PromptSettings
@@ -23,6 +22,7 @@ from engine.prediction.submission import submission_table, without_empty, write_
 from engine.prediction.summarizer import Summarizer, Summary
 from engine.recipe.load import COMMAND_LINE, load_recipe, with_overrides
 from engine.recipe.schema import Generation, Recipe
+from engine.runtime import console
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -166,7 +166,7 @@ class Predictor:
         examples = examples_of(list(dialogues), topics)
         features = self.features(examples)
         summarizer = self.summarizer(batch_size, **gen)
-        with tqdm(total=len(features), disable=not show_progress, ncols=100, desc="summarise", unit="row") as bar:
+        with console.meter(shown=show_progress, total=len(features), desc="summarise", unit="row") as bar:
             done = summarizer.summarize(
                 self.bundle.model,
                 features,

@@ -35,10 +35,11 @@ _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate mem
 
 
 class Outcome:
-    """How a run ended: exit code, a line for the status file, and the error to print."""
+    """How a run ended: exit code, a line for the status file, the error to print, and lines that say how to go on."""
 
     def __init__(self, code: int, reason: str, error: EngineError | None = None) -> None:
         self.code, self.reason, self.error = code, reason, error
+        self.advice: list[str] = []
 
     @classmethod
     def of(cls, error: BaseException, batch: Mapping[str, Tensor] | None = None) -> Outcome:
@@ -149,7 +150,7 @@ def _tell(error: BaseException, outcome: Outcome, wants_trace: bool) -> None:
         return
     if wants_trace or outcome.code == errors.BUG:
         traceback.print_exception(error)
-    print(f"{prefix()}{outcome.reason}", file=sys.stderr, flush=True)
+    print("\n".join([f"{prefix()}{outcome.reason}", *outcome.advice]), file=sys.stderr, flush=True)
 
 
 def _leave(code: int) -> None:

@@ -6,7 +6,6 @@ import datetime
 import logging
 import os
 import random
-import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
@@ -14,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from engine import errors
 from engine.errors import EngineError
-from engine.runtime import signals
+from engine.runtime import console, signals
 from engine.runtime.exits import Outcome, main_guard, prefix
 from engine.runtime.lock import FolderLock
 from engine.runtime.ranks import RankGroup, as_engine_error
+from engine.runtime.resume_hint import going_on
 from engine.runtime.run_folder import RunFolder, choose_run_folder
 from engine.runtime.run_log import RunLog
 from engine.runtime.run_status import RunStatus
@@ -100,6 +100,8 @@ class Runtime(AbstractContextManager):
             self.status.write(errors.DONE, "done")
         else:
             outcome = self._outcome(error)
+            if outcome.code in (errors.STOPPED_SAVED, errors.STOPPED_UNSAVED):
+                outcome.advice = going_on(self.status, saved=outcome.code == errors.STOPPED_SAVED)
             error.outcome = outcome  # main_guard tells it; the exception itself goes on to callers of the Python API
             self.status.write(outcome.code, outcome.reason)
         if self.lock is not None:
@@ -133,7 +135,7 @@ class Runtime(AbstractContextManager):
         for undo in self.abandon:
             with suppress(Exception):
                 undo()
-        _end_now(reason, errors.STOPPED_UNSAVED)
+        _end_now("\n".join([reason, *going_on(self.status, saved=False)]), errors.STOPPED_UNSAVED)
 
     def _lost_store(self, reason: str) -> None:
         """Runs in a thread of the ranks, while the main thread waits for a store that will not answer."""
@@ -161,6 +163,7 @@ class Runtime(AbstractContextManager):
         if not finished:
             self.log.open(folder.path)
             self.status.open(folder.path)
+            log.info("run folder: %s (log: train.log in it)", console.from_here(folder.path))
         return folder
 
     def _lock(self, path: Path) -> None:
@@ -206,11 +209,8 @@ class Runtime(AbstractContextManager):
         return self.batch
 
     def progress(self, **settings: Any) -> Any:
-        """A tqdm bar on the main rank's terminal; silent elsewhere, and everywhere if the recipe says so."""
-        from tqdm import tqdm
-
-        shown = self.show_progress and self.is_main and sys.stderr.isatty()
-        return tqdm(disable=not shown, file=sys.stderr, dynamic_ncols=False, ncols=100, leave=False, **settings)
+        """A bar on the main rank's terminal, lines where there is none; silent where the recipe says so."""
+        return console.meter(shown=self.show_progress and self.is_main, **settings)
 
     # Random
 

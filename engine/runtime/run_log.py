@@ -3,51 +3,43 @@
 from __future__ import annotations
 
 import logging
-import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
-from unicodedata import east_asian_width
+from typing import Any, TextIO
 
+from engine.runtime import console
 from engine.runtime.atomic import without_links
 
-if TYPE_CHECKING:
-    pass
-
-_WIDTH = 100  # columns of the console
+RESULT = "engine.result"  # the logger of a command's result
 log = logging.getLogger("engine")
 
 
-def wrap(line: str, width: int = _WIDTH) -> list[str]:
-    """A line cut at spaces to so many columns of a terminal, where Hangul takes two; what follows is indented."""
-    lines, used = [""], 0
-
-    def columns_of(text: str) -> int:
-        return sum(2 if east_asian_width(letter) in "WF" else 1 for letter in text)
-
-    for word in re.findall(r"\s*\S+", line):  # each with the spaces before it, which separate fields
-        if used and used + columns_of(word) > width:
-            lines.append("")
-            word, used = f"  {word.lstrip()}", 0
-        lines[-1] += word
-        used += columns_of(word)
-    return lines
-
-
 class _Console(logging.Handler):
-    """Lines of at most 100 columns on stderr, written above a progress bar where one is drawn."""
+    """Lines as wide as the terminal, written above a progress bar where one is drawn.
+
+    What a run says on its way goes to stderr; what it has brought (`RESULT`) goes to stdout, where a script looks for it.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
-        text = (
-            record.getMessage()
-            if record.levelno < logging.WARNING
-            else f"{record.levelname.lower()}: {record.getMessage()}"
-        )
-        lines = [part for line in text.splitlines() for part in wrap(line)]
+        stream = sys.stdout if record.name == RESULT else sys.stderr
+        lines = _lines_of(record, stream)
         if "tqdm" in sys.modules:
-            sys.modules["tqdm"].tqdm.write("\n".join(lines), file=sys.stderr)
+            sys.modules["tqdm"].tqdm.write("\n".join(lines), file=stream)
+            stream.flush()
         else:
-            print("\n".join(lines), file=sys.stderr, flush=True)
+            print("\n".join(lines), file=stream, flush=True)
+
+
+def _lines_of(record: logging.LogRecord, stream: Any) -> list[str]:
+    """`extra={"command": words}` marks a command to be copied: in a file it stays one line."""
+    width = console.columns(stream)
+    command = getattr(record, "command", None)
+    if command is not None:
+        return console.wrap_command(command, width) if console.is_terminal(stream) else [record.getMessage()]
+    text = record.getMessage()
+    if record.levelno >= logging.WARNING:
+        text = f"{record.levelname.lower()}: {text}"
+    return [part for line in text.splitlines() for part in console.wrap(line, width)]
 
 
 class _RunFile(logging.FileHandler):

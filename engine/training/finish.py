@@ -20,6 +20,7 @@ from engine.runtime.faults import blaming
 from engine.runtime.lock import taking_turns
 from engine.runtime.run_status import STATUS
 from engine.training import evaluation
+from engine.training.report import tell_results
 from engine.training.tracking import read_rows, strict_json, write_predictions
 
 if TYPE_CHECKING:
@@ -46,9 +47,7 @@ def write_results(job: Job, test: list[Example]) -> dict[str, Any]:
         if job.runtime.is_main:
             append_result(Path(job.recipe.experiment.output_root) / "results.csv", _row(record))
             write_json_atomically(job.run_dir / "results.json", record)
-    if record["best_value"] is not None:
-        log.info("best at step %d: %s %.4g", best, record["best_metric"], record["best_value"])
-    log.info("final model: %s", record["final_model_path"])
+    tell_results(record, job.run_dir, job.recipe)
     return record
 
 
@@ -68,11 +67,11 @@ def _predict_test(job: Job, test: list[Example], checkpoint: Path, step: int) ->
         return None
     weights.load_weights(job.bundle.model, checkpoint)
     split = evaluation.Split.of("test", test, job.bundle.text_encoder())
+    job.progress.evaluating(step, split.name, len(test))
     result = evaluation.evaluate(job.bundle, split, job.runtime, job.recipe.evaluation, job.summarizer)
     if job.runtime.is_main:
         write_predictions(job.run_dir / "predictions" / f"test-step{step}.csv", result.rows)
-        if split.targets is not None:
-            log.info("test ROUGE mean %.2f (%s)", result.metrics["rouge_mean"], result.metrics["rouge_tokenizer"])
+        log.info("step %d  %d test rows decoded in %.1f s", step, len(result.rows), result.metrics["seconds"])
     return result.metrics
 
 

@@ -20,6 +20,7 @@ from engine.models.bundle import save_model
 from engine.runtime import signals
 from engine.runtime.peak_memory import measured_peak
 from engine.training import evaluation, nonfinite, optim
+from engine.training.progress import Progress, Schedule
 from engine.training.state import TrainerState, Update, Window
 from engine.training.tracking import Tracker, write_predictions
 
@@ -83,6 +84,7 @@ class Job:
     store: CheckpointStore
     tracker: Tracker
     state: TrainerState
+    test_rows: int = 0  # decoded after the last update, so they count in the time left
 
     def __post_init__(self) -> None:
         self.model, self.optimizer, self.schedule, self.scaler = self.learner
@@ -90,9 +92,14 @@ class Job:
         self.run_dir = self.tracker.run_dir
         self.total_windows = optim.total_updates(self.recipe.training, self.sampler.updates_per_epoch)
         self.supervised = [sum(label != IGNORE_INDEX for label in feature.labels) for feature in self.features]
-        self.progress = self.runtime.progress(
-            total=self.total_windows, initial=self.windows_done, desc="train", unit="update"
+        schedule = Schedule.of(
+            self.recipe.evaluation,
+            updates=self.total_windows,
+            per_epoch=self.sampler.updates_per_epoch,
+            dev_rows=0 if self.dev is None else len(self.dev.examples),
+            test_rows=0 if self.summarizer is None else self.test_rows,
         )
+        self.progress = Progress(self.runtime, schedule, done=self.windows_done)
         self.clock = time.perf_counter()
 
     # Where we are
@@ -141,11 +148,11 @@ class Job:
         """Add the update to the current interval; every `logging_steps` updates, write a row."""
         state, training = self.state, self.recipe.training
         now = time.perf_counter()
-        state.interval_seconds += now - self.clock
-        state.train_seconds += now - self.clock
-        self.clock = now
+        seconds, self.clock = now - self.clock, now
+        state.interval_seconds += seconds
+        state.train_seconds += seconds
         nonfinite.check_skipping(state, self.scaler, training)
-        self.progress.update(1)
+        self.progress.update(state.step, window, update, seconds)
         state.interval_all_tokens += window.all_tokens
         state.interval_samples += len(window.ids)
         if not update.applied:
@@ -175,7 +182,6 @@ class Job:
         if self.scaler.is_enabled():
             row["loss_scale"] = self.scaler.get_scale()
         self.tracker.log_row(row)
-        self.progress.set_postfix(loss=f"{row['loss']:.4f}", lr=f"{update.learning_rate:.2e}", refresh=False)
         log.debug("step %d  loss %.4f  grad_norm %.3f", state.step, row["loss"], update.grad_norm)
         state.interval_loss = state.interval_seconds = 0.0
         state.interval_tokens = state.interval_all_tokens = state.interval_samples = 0
@@ -193,8 +199,10 @@ class Job:
     def evaluate(self) -> None:
         """Score the dev split, remember whether it is the best so far, count towards early stopping."""
         state, settings = self.state, self.recipe.evaluation
+        self.progress.evaluating(state.step, self.dev.name, len(self.dev.examples))
         result = evaluation.evaluate(self.bundle, self.dev, self.runtime, settings, self.summarizer)
         state.evaluation_seconds += result.metrics["seconds"]
+        self.progress.evaluated(len(self.dev.examples), result.metrics["seconds"])
         self._compare_with_best(result.metrics.get(settings.metric))
         self._log_evaluation(result)
         nonfinite.check_evaluation(result.metrics.get("loss"), state.step, self.scaler, self.recipe.training)
@@ -232,7 +240,7 @@ class Job:
         best = "  best so far" if self.state.best_step == self.state.step else ""
         log.info(
             "step %(step)d  epoch %(epoch).2f  dev loss %(loss).4f  ROUGE-1/2/L %(rouge1).2f / %(rouge2).2f / %(rougeL).2f"
-            " (%(rouge_tokenizer)s)  capped %(capped).0f%%  %(seconds).1f s%(best)s",
+            " (%(rouge_tokenizer)s)  cut at the length limit %(capped).0f%%  %(seconds).1f s%(best)s",
             row | {"capped": 100 * row["capped_rate"], "best": best},
         )
         for sample in samples[:1]:

@@ -113,7 +113,9 @@ def prepare(
         logged_until = state.step if found or folder.reused else None
         tracker = Tracker(folder.path, runtime.accelerator, recipe, logged_until)
         trained_on = TrainingRows(splits.train, features, sampler)
-        job = Job(recipe, runtime, bundle, learner, trained_on, dev, summarizer, store, tracker, state)
+        job = Job(
+            recipe, runtime, bundle, learner, trained_on, dev, summarizer, store, tracker, state, len(splits.test)
+        )
         if random_state is not None:
             with refusing(found):
                 runtime.restore_random_state(random_state)  # last: nothing from here to the first update may draw

@@ -17,7 +17,7 @@ import pytest
 
 from engine.errors import EngineError
 from engine.recipe.schema import Recipe
-from engine.runtime import exits, process, run_folder, run_log
+from engine.runtime import console, exits, process, run_folder
 from engine.runtime import signals as runtime_signals
 from engine.runtime.exits import Outcome, classify, main_guard
 from engine.runtime.ranks import RankGroup, as_engine_error
@@ -330,19 +330,19 @@ def test_the_log_holds_early_lines_and_no_colours(tmp_path, capsys):
         logging.getLogger("engine.train").info("가나다 " * 60)
     text = (tmp_path / "run" / "train.log").read_text(encoding="utf-8")
     assert "said before there was a folder" in text and "가나다" in text and "\x1b" not in text
-    console = capsys.readouterr().err
-    assert "warning: said before" in console and max(map(len, console.splitlines())) <= 100
+    shown = capsys.readouterr().err
+    assert "warning: said before" in shown and max(map(len, shown.splitlines())) <= 100
 
 
 def test_wrapping_counts_columns():
     from unicodedata import east_asian_width
 
     text = "  " + "요약은 짧고 정확하게 " * 20 + "x" * 130 + " end"
-    lines = run_log.wrap(text)
+    lines = console.wrap(text, 100)
     assert " ".join(line.strip() for line in lines) == text.strip() and lines[0].startswith("  요약은")
     widths = [sum(2 if east_asian_width(letter) in "WF" else 1 for letter in line) for line in lines]
     assert [width for width in widths if width > 100] == [132], "a word longer than a line stays whole"
-    assert run_log.wrap("") == [""] and run_log.wrap("a  b   c") == ["a  b   c"]
+    assert console.wrap("", 100) == [""] and console.wrap("a  b   c", 100) == ["a  b   c"]
 
 
 # Signals
