@@ -206,6 +206,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"  against the adapter on its 4-bit base, as it was evaluated in training: logits differ by up to "
             f"{rounded['logit_difference']:.1e}, {rounded['equal_tokens']} of {rounded['tokens']} greedy tokens equal"
         )
+        print(
+            "  (few equal tokens are no fault of the merge: it goes to the base as it was before the rounding to 4 bits,\n"
+            "  and after the first different token a text goes on differently; compare the scores of both on your dev set)"
+        )
     return 0
 
 

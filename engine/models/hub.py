@@ -79,6 +79,11 @@ def is_adapter(folder: Path) -> bool:
     return (folder / "adapter_config.json").is_file()
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether files that hold weights are there, also such as are refused."""
+    return any(path.suffix in {".safetensors", *PICKLES} for path in folder.iterdir())
+
+
 def resolve(name: str, *, revision: str | None = None, trust_remote_code: bool = False, weights: bool = True) -> Path:
     """The local folder of a model, tokenizer or adapter; hub ids are downloaded or found in the hub cache.
 

@@ -62,7 +62,7 @@ def estimate(
         precision = weights.default_precision(device) if wanted == "auto" else wanted
     config, new_tokens = _config(recipe)
     check_depth(config)
-    model = _hollow_model(config, recipe, precision, new_tokens)
+    model = hollow_model(config, recipe, precision, new_tokens)
     shape = _shape(recipe, config)
     trainable = [p for p in model.parameters() if p.requires_grad]
     count = sum(p.numel() for p in trainable)
@@ -179,7 +179,7 @@ def _config(recipe: Recipe) -> tuple[PreTrainedConfig, int]:
     return config, new
 
 
-def _hollow_model(config: PreTrainedConfig, recipe: Recipe, precision: str, new_tokens: int) -> nn.Module:
+def hollow_model(config: PreTrainedConfig, recipe: Recipe, precision: str, new_tokens: int) -> nn.Module:
     """The model as training has it, on the meta device: adapters, types and what is trainable are real."""
     lora = adapters.enabled(recipe)
     dtype = adapters.DTYPES[precision] if lora else torch.float32
@@ -280,7 +280,7 @@ def _activations(
     depths = [getattr(config, key) for key in families.of(config.model_type).depths]
 
     def kept(shallow: PreTrainedConfig) -> int:
-        return saved_bytes(_hollow_model(shallow, recipe, precision, new_tokens), shape, precision)
+        return saved_bytes(hollow_model(shallow, recipe, precision, new_tokens), shape, precision)
 
     outside, layers = _by_layers(config, kept)
     if not recipe.training.gradient_checkpointing:

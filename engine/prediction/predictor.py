@@ -220,4 +220,9 @@ def overridden(generation: Generation, gen: dict[str, Any]) -> Generation:
     if not gen:
         return generation
     changes = {f"generation.{key}": value for key, value in gen.items()}
-    return with_overrides(Recipe(generation=generation), changes, ("generation",)).generation
+    try:
+        return with_overrides(Recipe(generation=generation), changes, ("generation",)).generation
+    except EngineError as error:  # in Python they are arguments of a call, without a section
+        lines = [line.replace(f"{COMMAND_LINE}: ", "argument ") for line in error.problems]
+        lines = [line.replace("generation.", "") for line in lines]
+        raise EngineError(error.code, lines[0], problems=lines) from None

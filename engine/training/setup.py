@@ -15,6 +15,7 @@ from engine.data import encode, rows
 from engine.data.windows import WindowSampler
 from engine.errors import EngineError
 from engine.models import adapters, build, memory, tokenization, weights
+from engine.models.blueprint import blueprint
 from engine.prediction.summarizer import Summarizer
 from engine.recipe.dump import dump
 from engine.runtime.atomic import write_text_atomically
@@ -206,7 +207,8 @@ def dry_run(recipe: Recipe, runtime: Runtime) -> dict[str, Any]:
     )
     if runtime.is_main:
         print(memory.table(estimate, runtime.device), flush=True)  # before the model is loaded, which may not fit
-    bundle = build.build_model(recipe, device=runtime.device, precision=runtime.precision)
+    bundle = blueprint(recipe, device=runtime.device, precision=runtime.precision)
+    bundle = bundle or build.build_model(recipe, device=runtime.device, precision=runtime.precision)
     encoder = bundle.text_encoder()
     features = encode.encode_all(encoder, splits.train, augment=recipe.data.instruction_augmentation)
     sampler = _sampler(recipe, runtime, features)

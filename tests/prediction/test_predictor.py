@@ -32,6 +32,10 @@ def test_predictor_takes_settings_by_name(trained):
     assert short[0].tokens <= 2
     with pytest.raises(EngineError, match="max_new_tokens"):
         predictor.predict_single("안녕", max_new_token=3)
+    with pytest.raises(EngineError, match=r"^error E2.2: argument num_beam is not a key.*mean num_beams\?$"):
+        predictor.predict_single("안녕", num_beam=4)
+    with pytest.raises(EngineError, match=r"^error E2.2: argument num_beams must be a whole number"):
+        predictor.predict_single("안녕", num_beams="many")
     with pytest.raises(EngineError) as caught:
         predictor.predict_batch(["안녕", ""])
     assert caught.value.exit_code == 3

@@ -61,12 +61,18 @@ def test_merged_and_adapter_folders_load_alone_and_agree(tmp_path, tool, family,
     )
 
 
-def test_a_4bit_base_is_merged_in_full_precision(tmp_path, tool):
+def test_a_4bit_base_is_merged_in_full_precision(tmp_path, tool, monkeypatch, capsys):
     from safetensors.torch import load_file
 
     base = tiny.save("llama", tmp_path / "base", **WIDE)
     trained_adapter(tmp_path / "adapter", base, "llama", quantization={"load_in_4bit": True})
-    report = tool.merge(tmp_path / "adapter", tmp_path / "merged")
+    reports = []
+    merge = tool.merge
+    monkeypatch.setattr(tool, "merge", lambda *arguments: reports.append(merge(*arguments)) or reports[0])
+    assert tool.main([str(tmp_path / "adapter"), str(tmp_path / "merged")]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert "greedy tokens equal" in said[1] and "no fault of the merge" in said[2]
+    report = reports[0]
     assert report["precision"] == "fp32" and report["logit_difference"] < 1e-4
     assert 1e-3 < report["four_bit"]["logit_difference"] < 5.0  # the rounding that merging leaves behind
     merged, original = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "base"))

@@ -25,6 +25,16 @@ def test_dry_run_writes_nothing(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("family", ["bart", "llama"])
+def test_dry_run_needs_no_weights(tmp_path, family):
+    recipe = runs.write_recipe(tmp_path, family, lora__enabled=family == "llama")
+    with_weights = runs.train(recipe, dry_run=True)
+    (tmp_path / "model" / "model.safetensors").unlink()
+    assert runs.train(recipe, dry_run=True) == with_weights
+    with pytest.raises(EngineError, match="E4.3.*no weights"):
+        runs.train(recipe)
+
+
 def test_a_run_needs_something_to_train_on():
     with pytest.raises(EngineError, match=r"E2\.21"):
         setup.read_splits(Recipe(), ALONE)
