@@ -135,6 +135,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    from engine.recipe.flags import parse_options
+
     parser = argparse.ArgumentParser(
         prog="engine/predict.py",
         description="Summarise a file of dialogues with a trained model.",
@@ -143,7 +145,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "model", metavar="RUN_OR_MODEL_DIR", help="a run folder, a checkpoint, or a model or adapter folder"
     )
-    parser.add_argument("overrides", nargs="*", metavar="generation.key=value", help="settings that win over the run's")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="generation.key=value", help="settings that win over the run's"
+    )
     parser.add_argument(
         "--input", required=True, metavar="FILE", help="CSV, JSONL or parquet; - reads dialogues from stdin"
     )
@@ -157,7 +161,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--precision", choices=("fp32", "bf16", "fp16"), help="default: bf16 where the GPU has it, else fp32"
     )
     parser.add_argument("--traceback", action="store_true", help="print a traceback for every error")
-    return parser.parse_intermixed_args(arguments)
+    return parse_options(parser, arguments, ("generation", "evaluation", "data"))
 
 
 def _decided_by(

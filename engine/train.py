@@ -144,13 +144,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    from engine.recipe.flags import parse_options
+
     parser = argparse.ArgumentParser(
         prog="engine/train.py",
         description="Fine-tune a Korean dialogue summariser as a recipe describes it.",
         epilog="Launch on several GPUs with: accelerate launch engine/train.py RECIPE.yaml",
     )
     parser.add_argument("recipe", metavar="RECIPE.yaml", help="the recipe; see recipes/")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the recipe's")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="section.key=value", help="settings that win over the recipe's"
+    )
     parser.add_argument(
         "--resume", metavar="auto|PATH", help="continue a run: its newest valid checkpoint, or that one"
     )
@@ -169,7 +173,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--print-recipe", action="store_true", help="print the resolved recipe with each value's origin"
     )
     parser.add_argument("--traceback", action="store_true", help="print a traceback for every error")
-    return parser.parse_intermixed_args(arguments)
+    return parse_options(parser, arguments)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ log = logging.getLogger("engine.data")
 # Far beyond any dialogue: a longer cell is a file that was parsed wrongly, or hostile. Characters.
 MAX_DIALOGUE, MAX_SUMMARY, MAX_LABEL = 200_000, 20_000, 1_000
 _SHOWN_ROWS = 20
+_SHOWN_PAIRS = 3
 _MISSING_WORDS = {"nan", "null", "none", "n/a", "<na>"}  # what other tools write for a missing cell
 
 
@@ -80,7 +81,11 @@ def read_examples(
     names = (columns,) if isinstance(columns, str) else tuple(columns)
     labels = (settings.id_column, settings.topic_column)
     wanted = [name for name in (settings.text_column, *names, *labels) if name is not None]
-    table = read_table(path, encoding=settings.encoding, columns=wanted)
+    try:
+        table = read_table(path, encoding=settings.encoding, columns=wanted)
+    except EngineError as error:
+        error.next += _key_of_file(error, path, settings)
+        raise
     if not table.records:
         raise EngineError("E3.6", "the file has no data rows", shown(path, 200), "check the file")
     required = [name for name in wanted if require_summary or name not in names]
@@ -93,6 +98,14 @@ def read_examples(
     if not examples:
         raise EngineError("E3.6", "no usable row is left", shown(path, 200), "check the file")
     return examples
+
+
+def _key_of_file(error: EngineError, path: str | Path, settings: Data) -> str:
+    """Advice on a file that is not there: which key of the recipe names it."""
+    keys = [key for key in ("train_file", "validation_file", "test_file") if getattr(settings, key) == path]
+    if error.code != "E3.1" or not keys:
+        return ""
+    return f"; paths are relative to the current folder ({Path.cwd()}); set data.{keys[0]}=..."
 
 
 def _check_columns(table: Table, required: Sequence[str], file: str) -> None:
@@ -245,14 +258,13 @@ def check_splits(train: Sequence[Example], validation: Sequence[Example], *, all
     if allow_overlap:
         log.warning("%d validation dialogues are also training dialogues; their scores are too good", len(twice))
         return
-    pairs = "; ".join(
-        f"row {new.row} (id {shown(new.id)}) = row {old.row} (id {shown(old.id)}) of {old.file}"
-        for new, old in twice[:_SHOWN_ROWS]
-    )
-    more = f"; and {len(twice) - _SHOWN_ROWS} more" if len(twice) > _SHOWN_ROWS else ""
+    pairs = [f"row {new.row} (id {shown(new.id)}) = row {old.row} (id {shown(old.id)})" for new, old in twice]
+    pairs[0] += f" of {twice[0][1].file}"
+    more = f" and {len(pairs) - _SHOWN_PAIRS} more" if len(pairs) > _SHOWN_PAIRS else ""
     raise EngineError(
         "E3.7",
-        f"{len(twice)} of {len(validation)} validation dialogues are also training dialogues: {pairs}{more}",
+        f"{len(twice)} of {len(validation)} validation dialogues are also training dialogues: "
+        f"{', '.join(pairs[:_SHOWN_PAIRS])}{more}",
         validation[0].file,
         "take them out of one file, or set data.allow_overlap=true",
     )

@@ -129,7 +129,8 @@ def _read_text(path: Path, named_by: str) -> str:
         if "\0" in str(path):
             raise _unreadable("recipe", "the path holds a NUL character")
         if not path.exists():
-            raise _unreadable(where, f"{shown} does not exist", "ls recipes/*.yaml")
+            tried = f"looked for {os.path.abspath(path)}; a base: is relative to the file that names it"
+            raise _unreadable(where, f"{shown} does not exist", tried if named_by else "ls recipes/*.yaml")
         if not path.is_file():
             raise _unreadable(where, f"{shown} is not a regular file")
         with path.open("rb") as handle:

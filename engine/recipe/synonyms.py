@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from functools import cache
 
 from engine.recipe.schema import SECTIONS
@@ -104,28 +105,50 @@ def _owners() -> dict[str, list[str]]:
     return owners
 
 
+def _related(section: str | None, bare: str) -> list[str]:
+    """Keys of the section that hold the name as whole words: `name` is in `name_or_path`."""
+    keys = SECTIONS[section].model_fields if section in SECTIONS else ()
+    return [f"{section}.{key}" for key in keys if f"_{bare}_" in f"_{key}_"]
+
+
+def keys_of(bare: str, sections: Sequence[str] = ()) -> list[str]:
+    """The full keys that a name without a section stands for, those of `sections` first; none where nothing is near."""
+    for section in sections:
+        if len(found := _related(section, bare)) == 1:
+            return found
+    return [CANONICAL[bare]] if bare in CANONICAL else _owners().get(bare, [])
+
+
 def suggest(section: str | None, key: str) -> str:
     """A hint for an unknown `section.key` (or a bare `key` without a section): "; did you mean ...?", or ""."""
     bare = key.lower().replace("-", "_")
     if bare in NOT_NEEDED:
         return f"; not needed: {NOT_NEEDED[bare]}"
+    found = _meant(section, bare)
+    return f"; did you mean {' or '.join(found)}?" if found else ""
+
+
+def _meant(section: str | None, bare: str) -> list[str]:
+    """The section's own keys come before those of other sections, and exact names before near ones."""
     names = list(SECTIONS[section].model_fields) if section in SECTIONS else []
+    known, related = CANONICAL.get(bare), _related(section, bare)
     if bare in names:
-        return f"; did you mean {section}.{bare}?"
-    if bare in CANONICAL:
-        return f"; did you mean {CANONICAL[bare]}?"
+        return [f"{section}.{bare}"]
+    if known is not None and known.startswith(f"{section}."):
+        return [known]
+    if len(related) == 1:
+        return related
+    if known is not None:
+        return [known]
     close = difflib.get_close_matches(bare, names, n=1, cutoff=0.8)
     if close:
-        return f"; did you mean {section}.{close[0]}?"
+        return [f"{section}.{close[0]}"]
     if bare in _owners():
-        return f"; did you mean {' or '.join(_owners()[bare])}?"
+        return _owners()[bare]
     close = difflib.get_close_matches(bare, [*names, *_owners(), *CANONICAL], n=1, cutoff=0.7)
     if not close:
-        return ""
-    found = (
-        f"{section}.{close[0]}" if close[0] in names else CANONICAL.get(close[0]) or " or ".join(_owners()[close[0]])
-    )
-    return f"; did you mean {found}?"
+        return []
+    return [f"{section}.{close[0]}"] if close[0] in names else keys_of(close[0])
 
 
 def suggest_section(name: str) -> str:

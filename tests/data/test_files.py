@@ -442,6 +442,29 @@ def test_overlap_of_splits(caplog):
     check_splits([Example("b", "x", ("x",), None, 1)], dev[:1], allow_overlap=False)  # ids may repeat between files
 
 
+def test_many_overlaps_are_counted_and_a_few_shown():
+    train = [Example(f"t{i}", f"대화 {i}", ("x",), None, i, "data/train.csv") for i in range(50)]
+    dev = [Example(f"d{i}", f"대화 {i}", ("x",), None, i + 1, "data/dev.csv") for i in range(50)]
+    with pytest.raises(EngineError) as error:
+        check_splits(train, dev, allow_overlap=False)
+    line = str(error.value)
+    assert "50 of 50" in line and "and 47 more" in line and "set data.allow_overlap=true" in line
+    assert line.count("data/train.csv") == 1 and len(line) < 300, line
+
+
+@pytest.mark.parametrize("key", ["train_file", "validation_file", "test_file"])
+def test_a_missing_file_names_its_key(tmp_path, monkeypatch, key):
+    monkeypatch.chdir(tmp_path)
+    settings = Data(**{key: "data/x.csv"})
+    with pytest.raises(EngineError) as error:
+        read_examples("data/x.csv", settings, require_summary=True)
+    assert error.value.code == "E3.1"
+    assert f"paths are relative to the current folder ({tmp_path}); set data.{key}=..." in str(error.value)
+    with pytest.raises(EngineError) as other:  # such as --input, which is no key of the recipe
+        read_examples("y.csv", settings, require_summary=False)
+    assert "set data." not in str(other.value)
+
+
 def test_fingerprint_is_of_the_contents(tmp_path):
     first = read(write(tmp_path, "a.csv", as_csv()))
     same = read(write(tmp_path, "b.jsonl", as_jsonl()))

@@ -246,6 +246,26 @@ def test_bad_values_from_python(tmp_path: Path, value: object) -> None:
     assert "names no section" in lines_of(path, {"seed": value})[0]
 
 
+def test_a_key_of_the_same_section_is_suggested_first(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        "model: {name: foo, path: bar}\nevaluation: {batch_size: 4}\ncheckpoint: {limit: 2}\n", encoding="utf-8"
+    )
+    said = "\n".join(lines_of(path))
+    assert said.count("did you mean model.name_or_path?") == 2
+    assert "did you mean evaluation.per_device_eval_batch_size?" in said
+    assert "did you mean checkpoint.save_total_limit?" in said
+
+
+def test_a_missing_base_says_where_it_was_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "recipes").mkdir()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes" / "r.yaml").write_text("base: recipes/base/seq2seq.yaml\n", encoding="utf-8")
+    line = lines_of(Path("recipes/r.yaml"))[0]
+    assert f"looked for {tmp_path}/recipes/recipes/base/seq2seq.yaml" in line and "r.yaml:1" in line
+    assert "relative to the file that names it" in line and "ls recipes" not in line
+
+
 # --- files that are no recipes ---------------------------------------------------------------------------------------
 
 
