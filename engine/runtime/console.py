@@ -17,7 +17,8 @@ from unicodedata import combining, east_asian_width
 log = logging.getLogger("engine")
 
 _NO_TERMINAL = 100  # columns of a line in a file
-_LEAST_BAR = 4  # columns of the bar itself, before the last fields are left out
+_LEAST_BAR, _GOOD_BAR = 4, 12  # columns of the bar: what the first fields leave to it, and the others
+_FIRST_FIELDS = 3
 _LINE_EVERY = 60.0  # seconds between two lines of a long decoding that nobody sees a bar of
 
 
@@ -140,11 +141,11 @@ class Bar:
                 done - self.initial, self.total - done, time.perf_counter() - self.started, self.unit
             )
         bar.ncols = self._columns()
-        room = bar.ncols - columns_of(f"{bar.desc} 100%|| {done}/{self.total}") - _LEAST_BAR
+        room = bar.ncols - columns_of(f"{bar.desc} 100%|| {done}/{self.total}")
         kept: list[str] = []
         for field in fields:
             room -= columns_of(field) + len(", ")
-            if room < 0:
+            if room < (_LEAST_BAR if len(kept) < _FIRST_FIELDS else _GOOD_BAR):
                 break
             kept.append(field)
         bar.set_postfix_str(", ".join(kept), refresh=False)

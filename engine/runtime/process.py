@@ -102,6 +102,7 @@ class Runtime(AbstractContextManager):
             outcome = self._outcome(error)
             if outcome.code in (errors.STOPPED_SAVED, errors.STOPPED_UNSAVED):
                 outcome.advice = going_on(self.status, saved=outcome.code == errors.STOPPED_SAVED)
+                log.debug("%s", "\n".join([outcome.reason, *outcome.advice]))  # the console gets it last of all
             error.outcome = outcome  # main_guard tells it; the exception itself goes on to callers of the Python API
             self.status.write(outcome.code, outcome.reason)
         if self.lock is not None:

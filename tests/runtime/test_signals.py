@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,15 +16,16 @@ import psutil
 import pytest
 import runs
 
+from engine import train
 from engine.checkpoints import manifest
 
 SLOW_SAVE = """
 import sys, time
 sys.path.insert(0, {root!r})
-from engine import storage
+from engine.runtime import atomic
 from engine.runtime.exits import main_guard
 from engine.train import main
-storage.fail_points.append(lambda point, path: time.sleep(30) if point == "before-manifest" else None)
+atomic.fail_points.append(lambda point, path: time.sleep(30) if point == "before-manifest" else None)
 sys.exit(main_guard(main))
 """
 FULL = pytest.mark.skipif("FULL_TESTS" not in os.environ, reason="minutes of launching; set FULL_TESTS=1")
@@ -127,6 +129,19 @@ def _cases():
             yield pytest.param(launcher, ranks, kind, marks=() if quick else FULL)
 
 
+def check_way_on(launched: Launched, ranks: int) -> None:
+    """The last words say what is saved, and the next line is a command that goes on with it; the log has them too."""
+    said = Path(launched.log.name).read_text().splitlines()
+    at = next(number for number, line in enumerate(said) if line.endswith("; to go on:"))
+    assert said[at] == f"saved {launched.run_dir}/{launched.status()['last_checkpoint']}; to go on:", said
+    command = shlex.split(said[at + 1])
+    script = next(number for number, word in enumerate(command) if word.endswith("engine/train.py"))
+    assert (command[:script] == ["python"]) == (ranks == 1), command
+    options = train.parse(command[script + 1 :])
+    assert options.resume == "auto" and f"experiment.output_dir={launched.run_dir}" in options.overrides
+    assert said[at + 1] in (launched.run_dir / "train.log").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(("launcher", "ranks", "kind"), list(_cases()))
 def test_a_stop_saves_and_ends(tmp_path, root, launcher, ranks, kind):
     """The launcher gets the signal. `accelerate launch` with one process dies of it and leaves an orphan, which ends too."""
@@ -144,6 +159,7 @@ def test_a_stop_saves_and_ends(tmp_path, root, launcher, ranks, kind):
     manifest.verify(launched.run_dir / status["last_checkpoint"])
     assert launched.process.returncode in ((75,) if launcher == "python" else (75, 1, -signal.SIGTERM, -signal.SIGINT))
     assert took < 3 * ENDS_WITHIN
+    check_way_on(launched, ranks)
     assert not list(launched.run_dir.glob(".tmp-*")) and not (launched.run_dir / ".lock").exists()
 
 
