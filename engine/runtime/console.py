@@ -135,6 +135,7 @@ class Bar:
     def update(self, count: int, fields: Sequence[str] | None = None) -> None:
         """Move on; without `fields` the time left and the pace are shown, as measured since the bar was made."""
         bar = self.tqdm
+        count = min(count, self.total - bar.n)  # the rows of other ranks are guessed from this rank's
         done = bar.n + count
         if fields is None:
             fields = left_and_pace(

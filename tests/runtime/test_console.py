@@ -138,6 +138,18 @@ def test_durations(seconds, text):
     assert console.duration(seconds) == text
 
 
+def test_a_bar_ends_at_its_total(monkeypatch):
+    with (
+        screens.terminal(80, monkeypatch) as screen,
+        console.meter(shown=True, total=5, desc="decode", unit="row") as bar,
+    ):
+        bar.update(4)
+        bar.tqdm.refresh()
+        bar.update(4)
+        bar.tqdm.refresh()
+    assert "| 5/5, ETA 0s" in "".join(screen.history), screen.history
+
+
 def test_long_decoding_without_a_terminal_is_told_now_and_then(caplog, monkeypatch):
     clock = iter(range(0, 10_000, 25))
     monkeypatch.setattr(console.time, "perf_counter", lambda: next(clock))
