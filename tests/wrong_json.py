@@ -228,13 +228,13 @@ def place_case(case: Case, source: Path, target: Path) -> None:
 
 
 def sign(checkpoint: Path) -> None:
-    from engine.checkpoints.manifest import MANIFEST, digest_of
+    from engine.checkpoints.manifest import digest_of
     from engine.runtime.atomic import file_record
 
-    manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+    manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
     del manifest["manifest_sha256"]
     manifest["files"] = {name: file_record(checkpoint / name) for name in manifest["files"]}
-    (checkpoint / MANIFEST).write_text(json.dumps(manifest | {"manifest_sha256": digest_of(manifest)}))
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest | {"manifest_sha256": digest_of(manifest)}))
 
 
 def attempt(case: Case, use: Callable[[Path, Path], None], folder: Path, work: Path) -> dict[str, Any]:
