@@ -9,8 +9,10 @@ import math
 import os
 import random
 import shutil
+import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -776,26 +778,36 @@ def test_one_run_at_a_time_and_a_dead_one_holds_nothing(tmp_path, root):
     assert lock.acquire() is None
 
 
-def test_without_kernel_locks_the_owner_in_the_file_decides(tmp_path, monkeypatch):
+def test_the_lock_follows_no_link(tmp_path):
+    (tmp_path / "elsewhere").write_text("precious")
+    (tmp_path / "run").mkdir()
+    for name in (".lock", ".lock.json"):
+        (tmp_path / "run" / name).symlink_to(tmp_path / "elsewhere")
+        with suppress(OSError):
+            runtime_lock.FolderLock(tmp_path / "run").acquire()
+        (tmp_path / "run" / name).unlink()
+    assert (tmp_path / "elsewhere").read_text() == "precious"
+
+
+def test_without_kernel_locks_the_process_id_in_a_file_decides(tmp_path, monkeypatch):
     import fcntl
 
     def unsupported(*arguments):
         raise OSError(errno.ENOLCK, "no locks here")
 
     monkeypatch.setattr(fcntl, "flock", unsupported)
-    record = runtime_lock._this_process()
+    here = socket.gethostname()
     dead = subprocess.Popen(["true"])
     dead.wait()
-    cases = [
-        (record | {"pid": 1}, True), (record | {"pid": dead.pid}, False), (record | {"pid": 1, "boot": "other"}, False),
-        (record | {"host": "elsewhere"}, True),
-    ]  # fmt: skip
-    for owner, held in cases:
-        (tmp_path / ".lock").write_text(json.dumps(owner))
+    for owner, held in ((f"1\n{here}\n", True), (f"{dead.pid}\n{here}\n", False), ("1\nelsewhere\n", True)):
+        (tmp_path / ".lock.soft").write_text(owner)
         lock = runtime_lock.FolderLock(tmp_path)
         if held:
             with pytest.raises(EngineError, match=r"error E2\.30"):
                 lock.acquire()
         else:
             lock.acquire()
+            with pytest.raises(EngineError, match=f"process {os.getpid()}"):
+                runtime_lock.FolderLock(tmp_path).acquire()
             lock.release()
+            assert names(tmp_path) == set()
