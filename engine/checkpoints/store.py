@@ -124,7 +124,7 @@ class CheckpointStore:
         with self.ranks.together("looking for earlier checkpoints"):
             if self.ranks.is_main:
                 self.history.open()
-        runtime.abandon.append(self._abandon)
+        runtime.when_giving_up(self._abandon)
 
     weights_of = staticmethod(weights_of)
 

@@ -37,12 +37,12 @@ def write_results(job: Job, test: list[Example]) -> dict[str, Any]:
     job.store.wait()
     best = job.state.best_step if job.state.best_step is not None else job.state.saved_step
     checkpoint = job.run_dir / f"checkpoint-{best}"
-    with job.runtime.together("writing final_model"):
+    with job.runtime.ranks.together("writing final_model"):
         if job.runtime.is_main:
             write_final_model(checkpoint, job.run_dir)
     test_metrics = _predict_test(job, test, checkpoint, best)
     record = _record(job, best, test_metrics)
-    with job.runtime.together("writing results"):
+    with job.runtime.ranks.together("writing results"):
         if job.runtime.is_main:
             append_result(Path(job.recipe.experiment.output_root) / "results.csv", _row(record))
             write_json_atomically(job.run_dir / "results.json", record)

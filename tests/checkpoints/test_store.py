@@ -45,7 +45,7 @@ def quick_and_clean(monkeypatch):
 
 
 def fake_runtime() -> SimpleNamespace:
-    return SimpleNamespace(ranks=RankGroup(), status=RunStatus(), abandon=[])
+    return SimpleNamespace(ranks=RankGroup(), status=RunStatus(), when_giving_up=lambda undo: None)
 
 
 def open_store(run: Path, **settings) -> CheckpointStore:
