@@ -15,14 +15,11 @@ import re
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from engine.errors import EngineError
 from engine.runtime.atomic import read_json, sha256_of
 from engine.runtime.run_folder import MANIFEST
-
-if TYPE_CHECKING:
-    pass
 
 SCHEMA = 1
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib"}

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.errors import EngineError
 from engine.models import weights
-from engine.runtime.atomic import read_json, write_json_atomically, write_text_atomically
+from engine.runtime.atomic import read_json, remove_partials, write_json_atomically, write_text_atomically
 from engine.runtime.lock import taking_turns
 from engine.runtime.run_status import STATUS
 from engine.training import evaluation
@@ -117,8 +117,7 @@ def append_result(path: Path, row: Mapping[str, Any]) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with taking_turns(path.parent):
-        for left_behind in path.parent.glob(f".{path.name}.*.partial"):  # by a kill; nobody else writes now
-            left_behind.unlink(missing_ok=True)
+        remove_partials(path.parent, path.name)  # nobody else writes now
         try:
             known = _read_table(path)
         except ValueError as error:

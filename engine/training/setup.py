@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.checkpoints.identity import identity_of
-from engine.checkpoints.store import CheckpointStore
+from engine.checkpoints.store import CheckpointStore, refusing
 from engine.data import encode, rows
 from engine.data.windows import WindowSampler
 from engine.errors import EngineError
@@ -131,12 +131,9 @@ def _load(
     """
     saved = store.load_state(found)
     weights.load_weights(bundle.model, found)
-    try:
+    with refusing(found):
         learner.load_states(saved)
         state = TrainerState.from_dict(saved.position)
-    except (KeyError, RuntimeError, TypeError, ValueError) as error:
-        what = f"the saved state does not fit this run: {error}"
-        raise EngineError("E5.8", what, str(found), "resume with the recipe it was saved by") from error
     log.info("resumed at step %d from %s", state.step, found)
     return state, saved.rng
 

@@ -23,9 +23,10 @@ from safetensors.torch import load_file, save_file
 from engine.checkpoints import history, identity, state_files
 from engine.checkpoints import manifest as checkpoints_manifest
 from engine.checkpoints import store as checkpoints_store
-from engine.checkpoints.host_copies import HostCopies, weights_of
+from engine.checkpoints.host_copies import HostCopies
 from engine.checkpoints.store import CheckpointStore, EngineState
 from engine.errors import EngineError
+from engine.models.weights import weights_of
 from engine.recipe.schema import Recipe
 from engine.runtime import atomic
 from engine.runtime import lock as runtime_lock
@@ -76,7 +77,7 @@ def write_model(folder: Path, weights) -> None:
 def save(store: CheckpointStore, step: int, *, best: dict | None = None, metrics: dict | None = None, seed: int = 0):
     model, optimizer = toy(seed or step)
     weights = lambda: weights_of(model)  # noqa: E731
-    return store.save(step, state_of(optimizer, step, best), weights=weights, write_model=write_model, metrics=metrics)
+    store.save(step, state_of(optimizer, step, best), weights=weights, write_model=write_model, metrics=metrics)
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -167,7 +168,8 @@ def test_optimizer_goes_on_bit_for_bit(tmp_path, kind):
 
 def test_a_checkpoint_holds_every_file_in_its_manifest(tmp_path):
     store = open_store(tmp_path)
-    assert save(store, 3, metrics={"loss": 1.5})
+    save(store, 3, metrics={"loss": 1.5})
+    assert store.wait()
     folder = tmp_path / "checkpoint-3"
     manifest = checkpoints_manifest.verify(folder)
     there = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
@@ -277,9 +279,11 @@ def test_on_error_continue_warns_and_saves_again_later(tmp_path, caplog):
         raise OSError(errno.ENOSPC, "full")
 
     atomic.fail_points.append(fail)
-    assert save(store, 1) is False
+    save(store, 1)
+    assert store.wait() is False and store.wait() is False, "until a save has succeeded"
     atomic.fail_points.clear()
-    assert save(store, 2) is True
+    save(store, 2)
+    assert store.wait() is True
     assert names(tmp_path) == {"checkpoint-2", "last.json"}
 
 
@@ -356,7 +360,8 @@ def test_saving_a_step_again_never_loses_it(tmp_path):
     store.history.make_way(tmp_path / "checkpoint-1")  # and killed here
     assert open_store(tmp_path).find_resume("auto") == tmp_path / "checkpoint-1"
     assert tree(tmp_path / "checkpoint-1") == before
-    assert save(store, 1, seed=2)
+    save(store, 1, seed=2)
+    assert store.wait()
     assert tree(tmp_path / "checkpoint-1") != before and names(tmp_path) == {"checkpoint-1", "last.json"}
 
 
@@ -417,7 +422,8 @@ def test_a_checkpoint_that_cannot_be_removed_only_warns_and_goes_next_time(tmp_p
             real(path, *args, **settings)
 
     monkeypatch.setattr(history.shutil, "rmtree", refuse)
-    assert save(store, 2)
+    save(store, 2)
+    assert store.wait()
     assert any(name.startswith(".trash-") for name in names(tmp_path))
     monkeypatch.setattr(history.shutil, "rmtree", real)
     save(store, 3)
@@ -500,7 +506,8 @@ def test_any_damaged_file_is_found(tmp_path, how, caplog):
             again.find_resume(run / "checkpoint-2")
         assert caught.value.exit_code == 5 and name.name in str(caught.value)
         again.load_state(run / "checkpoint-1")
-        assert save(again, 2), "step 2 comes again, in a fresh folder"
+        save(again, 2)
+        assert again.wait(), "step 2 comes again, in a fresh folder"
         checkpoints_manifest.verify(run / "checkpoint-2")
         assert sum(entry.startswith(".bad-checkpoint-2") for entry in names(run)) == 1
 

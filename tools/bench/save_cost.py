@@ -66,8 +66,8 @@ class Subject:
         """Returns the seconds in which the loop waited."""
         import torch
 
-        from engine.checkpoints.host_copies import weights_of
         from engine.checkpoints.store import EngineState
+        from engine.models.weights import weights_of
 
         self.step += 1
         rng = {"torch": torch.get_rng_state()}
