@@ -1,4 +1,4 @@
-"""Is this checkpoint whole, harmless, and of this run? Manifests, their verification, and what may change on a resume.
+"""Is this checkpoint whole and harmless? Manifests, and their verification.
 
 Two kinds of trouble are kept apart. A *damaged* checkpoint (a file missing, cut short or altered) is an accident: an
 automatic resume goes back to the one before. A *hostile* one (pickle files, links, paths that leave the folder) is

@@ -3,7 +3,7 @@
 A save goes through these stages, so that a kill at any instant leaves every `checkpoint-<step>/` complete:
 
 1. all ranks stand at the same update boundary; rank 0 makes `.tmp-checkpoint-<step>-<nonce>/` beside the target;
-2. every rank writes its own random state there, forces it to the disk, and tells the others its hashes or its failure;
+2. every rank writes its own random state there, forces it to the disk, and sends the others its hashes or its failure;
 3. rank 0 writes weights, optimizer and trainer state, forces them to the disk and hashes them;
 4. rank 0 writes `manifest.json`, the last file, which names every other one with size and sha256;
 5. rank 0 renames the folder to its final name and forces the parent folder to the disk;
@@ -232,8 +232,8 @@ class CheckpointStore:
             for path in write_state(folder / ENGINE_STATE, f"rng-rank{self.ranks.rank}", *flatten_state(state.rng)):
                 records[path.relative_to(folder).as_posix()] = file_record(path)
                 reached("file", path)
-        told = self.ranks.exchange("hashes of a save", records)
-        return {name: record for part in told for name, record in part.items()}
+        everyone = self.ranks.exchange("hashes of a save", records)
+        return {name: record for part in everyone for name, record in part.items()}
 
     def _launch(self, job: _Save) -> None:
         if self.sync:
@@ -368,6 +368,8 @@ class CheckpointStore:
     def load_state(self, folder: Path) -> EngineState:
         """State of a checkpoint that `find_resume` returned; makes it the end of this folder's history.
 
+        In this order: the state is read and held against this run first, and only then is anything in the folder moved.
+        So a refused resume changes nothing, and the same command with the old recipe still finds every checkpoint.
         Newer checkpoints (all damaged, unless an older one was named on purpose) are renamed to `.bad-...` or
         `.later-...`, and the pointers are set right.
 
@@ -401,9 +403,6 @@ def refusing(folder: Path) -> Iterator[None]:
         yield
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, RuntimeError) as error:
         text = " ".join(str(error).split())[:200]
-        raise EngineError(
-            "E5.8",
-            f"the checkpoint does not fit this run: {type(error).__name__}: {text}",
-            str(folder),
-            "resume with the recipe and the versions that wrote it, or start a new run",
-        ) from error
+        what = f"the checkpoint does not fit this run: {type(error).__name__}: {text}"
+        next = "resume with the recipe and the versions that wrote it, or start a new run"
+        raise EngineError("E5.8", what, str(folder), next) from error

@@ -192,7 +192,7 @@ class Runtime(AbstractContextManager):
         request = self.ranks.highest(self.signals.take())
         if request == signals.STOP:
             # Should the launcher lose patience during the save and kill, this is what remains to be read.
-            self.status.write(errors.STOPPED_UNSAVED, "told to stop; the save was not finished in time")
+            self.status.write(errors.STOPPED_UNSAVED, "asked to stop; the save was not finished in time")
         return request
 
     def stop(self, *, saved: bool) -> None:
