@@ -42,7 +42,10 @@ class EngineError(Exception):
     `code` is "E<exit code>.<detail>", for example "E3.2": the digits before the dot are the exit code, and a code has one
     meaning wherever it is raised. `safe` is known by the code unless it is given. A failure with several causes at once (a
     recipe with three wrong keys) lists them in `problems` and prints one line for each.
+    `owner` is the rank that had it, once the ranks have exchanged it: that rank prints it.
     """
+
+    owner: int | None = None
 
     def __init__(
         self,

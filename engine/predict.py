@@ -54,23 +54,23 @@ def predict(options: argparse.Namespace, recipe: Recipe, runtime: Runtime) -> li
     from engine.prediction.partial import PartialResults
     from engine.prediction.predictor import Predictor
 
-    with runtime.together("reading the input"):
+    with runtime.ranks.together("reading the input"):
         examples = read_input(options.input, recipe)
         check_target(examples, options)  # what cannot be written is refused before anything is decoded
-    with runtime.together("loading the model"):
+    with runtime.ranks.together("loading the model"):
         predictor = Predictor.from_run(
             options.model, device=runtime.device, precision=options.precision, base=options.base
         )
         predictor.override(recipe)
         summarizer = predictor.summarizer(recipe.evaluation.per_device_eval_batch_size)
-    with runtime.together("tokenising"):
+    with runtime.ranks.together("tokenising"):
         features = predictor.features(examples)
     decided_by = _decided_by(options, examples, summarizer, predictor)
     partial = PartialResults(options.output, runtime.rank, fingerprint=decided_by)
     dialogues = [row.dialogue for row in examples]
     with runtime.autocast():
         summaries = decode_rest(predictor, summarizer, dialogues, features, partial, runtime)
-    with runtime.together("writing the output"):
+    with runtime.ranks.together("writing the output"):
         if runtime.is_main:
             write(examples, summaries, options, recipe)
             partial.remove()
@@ -90,9 +90,9 @@ def decode_rest(
 
     from engine.prediction.summarizer import Summary, gather_summaries
 
-    with runtime.together("reading what is decoded already"):
+    with runtime.ranks.together("reading what is decoded already"):
         records = partial.read_all() if runtime.is_main else None
-    known = {record["index"]: Summary(**record) for record in runtime.broadcast(records)}
+    known = {record["index"]: Summary(**record) for record in runtime.ranks.broadcast(records)}
     if known:
         log.info("%d of %d rows were decoded before; going on with the others", len(known), len(features))
     with (

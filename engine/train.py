@@ -83,7 +83,7 @@ def train_step(
     scaler.unscale_(optimizer)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, training.max_grad_norm or float("inf"))
-    loss = runtime.sum_across_ranks(loss_sum) / max(1, window.tokens)
+    loss = runtime.ranks.sum_across_ranks(loss_sum) / max(1, window.tokens)
     # The one wait for the device in an update: both numbers decide whether the weights may be touched at all.
     loss, norm = torch.stack((loss.float(), grad_norm.float())).tolist()
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import shutil
 import sys
 import time
@@ -26,9 +25,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # so that it also runs without the package installed
 
 from engine.errors import EngineError  # noqa: E402
+from engine.runtime.run_folder import CHECKPOINT  # noqa: E402
 
 NOTHING_WRITTEN = "nothing was written"
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _NOT_THE_MODEL = {"manifest.json", "averaging.json", "trainer_state.json"}
 
 
@@ -39,7 +38,7 @@ def last_checkpoints(run: Path, count: int) -> list[Path]:
     found = sorted(
         (int(match[1]), folder)
         for folder in run.iterdir()
-        if (match := _CHECKPOINT.fullmatch(folder.name)) and (folder / "manifest.json").is_file()
+        if (match := CHECKPOINT.fullmatch(folder.name)) and (folder / "manifest.json").is_file()
     )
     if len(found) < count:
         there = ", ".join(folder.name for _, folder in found) or "none"

@@ -182,7 +182,7 @@ class Campaign:
         if problems:
             self.counts["mismatches"] += 1
         names = {name for name in fault_lab.names(run) if not name.startswith("run_status.rank")}
-        names -= {".lock"} if after_the_end else set()
+        names -= {".lock", ".lock.json"} if after_the_end else set()
         saved, expected = ({n for n in some if n.startswith("checkpoint-")} for some in (names, reference.names))
         if names - saved != reference.names - expected or len(saved) > len(expected):
             self.counts["leftovers"] += 1

@@ -17,14 +17,12 @@ from typing import Any
 
 from engine.checkpoints.manifest import DamagedError, verify
 from engine.errors import EngineError
-from engine.runtime.atomic import reached, read_json, write_json_atomically
+from engine.runtime.atomic import reached, read_json, remove_partials, write_json_atomically
 from engine.runtime.faults import blaming
-from engine.runtime.run_folder import MANIFEST
+from engine.runtime.run_folder import CHECKPOINT, MANIFEST
 
 log = logging.getLogger("engine.checkpoints")
-NAME = re.compile(r"checkpoint-(0|[1-9]\d{0,17})")
 _LEFTOVER = re.compile(r"\.(tmp|trash)-checkpoint-\d+-[0-9a-f]+")
-_PARTIAL = re.compile(r"\.[\w.]+\.jsonl?\.\d+\.partial")
 _RUN_ID = re.compile(r"[0-9a-f]{16}")
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 _BAD_KEPT = 2  # damaged checkpoints kept for whoever wants to know what happened to them
@@ -48,9 +46,7 @@ class History:
         """Remove what killed saves left behind, and learn which run this is; a new id in a new folder."""
         remove_leftovers(self.run_dir, kinds=("tmp", "trash"))
         self.recover()
-        for path in self.run_dir.iterdir():
-            if _PARTIAL.fullmatch(path.name) and path.is_file():
-                path.unlink(missing_ok=True)
+        remove_partials(self.run_dir)
         self.run_id = self._known_run_id() or secrets.token_hex(8)
         return self.run_id
 
@@ -74,7 +70,7 @@ class History:
 
     def entries(self) -> list[Path]:
         """Everything here that is named like a checkpoint, the highest step first."""
-        named = [entry for entry in self.run_dir.iterdir() if NAME.fullmatch(entry.name)]
+        named = [entry for entry in self.run_dir.iterdir() if CHECKPOINT.fullmatch(entry.name)]
         return sorted(named, key=step_of, reverse=True)
 
     def steps(self) -> list[int]:
@@ -161,7 +157,7 @@ class History:
 
         "auto", or the path of the run folder, means the newest valid one; the path of a checkpoint means that one.
         """
-        return self._named(Path(spec).name) if NAME.fullmatch(Path(spec).name) else self._newest()
+        return self._named(Path(spec).name) if CHECKPOINT.fullmatch(Path(spec).name) else self._newest()
 
     def _named(self, name: str) -> Path:
         folder = self.run_dir / name
@@ -252,7 +248,7 @@ def pointed_at(pointer: Path) -> Path:
     with blaming("E5.11", "the pointer to a checkpoint cannot be used", pointer, "name the checkpoint's folder itself"):
         step = read_json(pointer)["step"]
         folder = pointer.with_name(f"checkpoint-{step}")
-        if type(step) is not int or not NAME.fullmatch(folder.name) or not folder.is_dir():
+        if type(step) is not int or not CHECKPOINT.fullmatch(folder.name) or not folder.is_dir():
             raise ValueError(f"there is no step {step!r}")
     return folder
 

@@ -6,14 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-
-def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """The live tensors that a checkpoint of this model holds: all of them, or what is trained on top of a PEFT base."""
-    if hasattr(model, "peft_config"):
-        return {name: tensor.detach() for name, tensor in model.named_parameters() if tensor.requires_grad}
-    return model.state_dict()
+    from torch import Tensor
 
 
 class HostCopies:

@@ -1,4 +1,4 @@
-"""Is this checkpoint whole, harmless, and of this run? Manifests, their verification, and what may change on a resume.
+"""Is this checkpoint whole and harmless? Manifests, and their verification.
 
 Two kinds of trouble are kept apart. A *damaged* checkpoint (a file missing, cut short or altered) is an accident: an
 automatic resume goes back to the one before. A *hostile* one (pickle files, links, paths that leave the folder) is
@@ -15,14 +15,11 @@ import re
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from engine.errors import EngineError
 from engine.runtime.atomic import read_json, sha256_of
 from engine.runtime.run_folder import MANIFEST
-
-if TYPE_CHECKING:
-    pass
 
 SCHEMA = 1
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib"}

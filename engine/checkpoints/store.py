@@ -3,7 +3,7 @@
 A save goes through these stages, so that a kill at any instant leaves every `checkpoint-<step>/` complete:
 
 1. all ranks stand at the same update boundary; rank 0 makes `.tmp-checkpoint-<step>-<nonce>/` beside the target;
-2. every rank writes its own random state there, forces it to the disk, and tells the others its hashes or its failure;
+2. every rank writes its own random state there, forces it to the disk, and sends the others its hashes or its failure;
 3. rank 0 writes weights, optimizer and trainer state, forces them to the disk and hashes them;
 4. rank 0 writes `manifest.json`, the last file, which names every other one with size and sha256;
 5. rank 0 renames the folder to its final name and forces the parent folder to the disk;
@@ -11,6 +11,10 @@ A save goes through these stages, so that a kill at any instant leaves every `ch
 
 Stages 3 to 6 are rank 0's alone and run in a thread, on copies in host memory, while training goes on. The other
 ranks learn how they ended when the save is joined (`wait`), before the next save and at the end of the run.
+
+A save that fails raises E6 on all ranks, at the call that learns of it: `save` for stages 1 and 2 and for the save
+before, `wait` for stages 3 to 6, and the end of the `with` block, which waits. Under `on_error: continue` the same calls
+warn instead, and `wait` returns False until a save has succeeded. What is no failed write is raised either way.
 """
 
 from __future__ import annotations
@@ -19,27 +23,19 @@ import logging
 import secrets
 import shutil
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.checkpoints import manifest
 from engine.checkpoints.history import History
-from engine.checkpoints.host_copies import HostCopies, weights_of
-from engine.checkpoints.identity import changes, check_allowed, identity_of
+from engine.checkpoints.host_copies import HostCopies
+from engine.checkpoints.identity import changes, check_allowed
 from engine.checkpoints.state_files import flatten_state, read_state, write_state
-from engine.errors import EngineError
-from engine.runtime.atomic import (
-    fail_points,
-    file_record,
-    free_bytes,
-    fsync_file,
-    reached,
-    storage_error,
-    write_json_atomically,
-)
+from engine.errors import STORAGE, EngineError
+from engine.runtime.atomic import file_record, free_bytes, fsync_file, reached, storage_error, write_json_atomically
 from engine.runtime.faults import blaming
 from engine.runtime.ranks import as_engine_error
 from engine.runtime.run_folder import MANIFEST
@@ -49,9 +45,9 @@ if TYPE_CHECKING:
 
     from engine.runtime.process import Runtime
 
-__all__ = ["CheckpointStore", "EngineState", "fail_points", "identity_of", "refusing", "weights_of"]
 log = logging.getLogger("engine.checkpoints")
 ENGINE_STATE = "engine_state"
+_SAFE = "earlier checkpoints are untouched"
 _SLACK = 4 << 20  # bytes of a checkpoint that are not tensors: tokenizer, configs, manifest
 
 
@@ -97,7 +93,7 @@ class CheckpointStore:
         save_total_limit: latest checkpoints kept, the best beside them; None keeps all.
         sync: write in the foreground, without copies in host memory.
         on_error: "continue" turns a failed save into a warning.
-        identity: `manifests.identity_of(...)`; a resume compares it with the checkpoint's.
+        identity: `identity.identity_of(...)`; a resume compares it with the checkpoint's.
         allow_change: keys of the identity that the user allows to differ.
     """
 
@@ -119,15 +115,14 @@ class CheckpointStore:
         self._thread: threading.Thread | None = None
         self._pending: int | None = None  # step of the save that is not joined yet; the same on all ranks
         self._failure: BaseException | None = None
+        self._whole = True  # the latest save, as far as it is joined
         self._temp: Path | None = None
         self.history = History(run_dir, save_total_limit)
         self._copies = HostCopies()
         with self.ranks.together("looking for earlier checkpoints"):
             if self.ranks.is_main:
                 self.history.open()
-        runtime.abandon.append(self._abandon)
-
-    weights_of = staticmethod(weights_of)
+        runtime.when_giving_up(self._abandon)
 
     def __enter__(self) -> CheckpointStore:
         return self
@@ -150,38 +145,68 @@ class CheckpointStore:
         weights: Callable[[], Mapping[str, Tensor]],
         write_model: Callable[[Path, Mapping[str, Tensor]], None],
         metrics: Mapping[str, Any] | None = None,
-    ) -> bool:
-        """Save everything as `checkpoint-<step>/`. Returns False for a failed save under `on_error: continue`.
+    ) -> None:
+        """Save everything as `checkpoint-<step>/`, after joining the save before. `wait` says whether it is whole.
 
         Args:
-            weights: called on rank 0, gives the live tensors; `weights_of(model)`.
+            weights: called on rank 0, gives the live tensors.
             write_model: writes the plain model folder from such a mapping; must not read the live weights, which move
                 on.
             metrics: kept in the manifest, to find the best checkpoint again should `best.json` be lost.
 
         Raises:
-            EngineError: E6 on all ranks, for this save or for the one before, which is joined first.
+            EngineError: E6 on all ranks; see the rule at the top of this file.
         """
-        self.wait()  # under `on_error: continue` a failure was told there, and this save is a new chance
-        try:
+        self.wait()
+        with self._failing_softly():
             live = weights() if self.ranks.is_main else {}
             optimizer = flatten_state(state.optimizer) if self.ranks.is_main else (None, {})
             folder = self._begin(step, [*live.values(), *optimizer[1].values()])
             rank_files = self._write_rank_files(folder, state)
-        except EngineError as error:
-            return self._failed(error)
-        self._pending = step
-        if self.ranks.is_main:
+            self._pending = step
+        if self._pending is not None and self.ranks.is_main:
+            trainer = {"step": step, "position": state.position, "best": state.best, "identity": self.identity}
+            small = {"scheduler": state.scheduler, "scaler": state.scaler, "trainer_state": trainer}
             # Flattened now: the live objects move on while the save is written.
-            small = {"scheduler": state.scheduler, "scaler": state.scaler}
-            small["trainer_state"] = {
-                "step": step, "position": state.position, "best": state.best, "identity": self.identity
-            }  # fmt: skip
             flat = {name: flatten_state(value) for name, value in small.items()}
-            job = _Save(step, folder, rank_files, live, write_model, optimizer, flat, dict(metrics or {}))
             self.history.set_best(state.best)
-            self._launch(job)
-        return self.wait() if self.sync else True
+            self._launch(_Save(step, folder, rank_files, live, write_model, optimizer, flat, dict(metrics or {})))
+        if self.sync:
+            self.wait()
+
+    def wait(self) -> bool:
+        """Join the save under way, if there is one. True when the latest save is whole, or none was ever started.
+
+        Raises:
+            EngineError: E6 on all ranks when it failed; see the rule at the top of this file.
+        """
+        if self._pending is not None:
+            step, self._pending = self._pending, None
+            with self._failing_softly():
+                self._join()
+                self.runtime.status.last_checkpoint = self.history.path_of(step).name
+        return self._whole
+
+    @contextmanager
+    def _failing_softly(self) -> Iterator[None]:
+        """The rule for failed saves: under `on_error: continue` an E6 is a warning, and `wait` returns False."""
+        self._whole = False
+        try:
+            yield
+            self._whole = True
+        except EngineError as error:
+            self._drop_temp()
+            if self.on_error != "continue" or error.exit_code != STORAGE:
+                raise
+            log.warning("%s; going on (checkpoint.on_save_error: continue)", error)
+
+    def _join(self) -> None:
+        with self.ranks.together("joining a save"):
+            if self._thread is not None:
+                self._thread.join()
+            self._thread, failure, self._failure = None, self._failure, None
+            if failure is not None:
+                raise failure if isinstance(failure, Exception) else as_engine_error(failure)
 
     def _begin(self, step: int, tensors: Sequence[Tensor]) -> Path:
         """Stage 1: room on the disk, and the temporary folder, whose name all ranks get."""
@@ -192,90 +217,79 @@ class CheckpointStore:
                 if (free := free_bytes(self.run_dir)) < need:
                     what = f"not enough space for a checkpoint: {need >> 20} MiB needed, {free >> 20} MiB free"
                     raise EngineError(
-                        "E6.4",
-                        what,
-                        str(self.run_dir),
-                        "free some space, then --resume auto",
-                        safe="earlier checkpoints are untouched",
+                        "E6.4", what, str(self.run_dir), "free some space, then --resume auto", safe=_SAFE
                     )
                 self._temp = self.run_dir / f".tmp-checkpoint-{step}-{secrets.token_hex(4)}"
                 name = self._temp.name
-                try:
+                with self._as_storage_error(self._temp):
                     (self._temp / ENGINE_STATE).mkdir(parents=True)
                     reached("temp-made", self._temp)
-                except OSError as error:
-                    raise self._storage_error(error, self._temp) from error
         return self.run_dir / self.ranks.broadcast(name)
 
     def _write_rank_files(self, folder: Path, state: EngineState) -> dict[str, Any]:
         """Stage 2: this rank's random state; returns name -> record of all ranks' files."""
         records = {}
-        with self.ranks.together("writing rank files"):
-            try:
-                for path in write_state(folder / ENGINE_STATE, f"rng-rank{self.ranks.rank}", *flatten_state(state.rng)):
-                    records[path.relative_to(folder).as_posix()] = file_record(path)
-                    reached("file", path)
-            except Exception as error:
-                raise self._storage_error(error, folder) from error
-        told = self.ranks.exchange("hashes of a save", records)
-        return {name: record for part in told for name, record in part.items()}
+        with self.ranks.together("writing rank files"), self._as_storage_error(folder):
+            for path in write_state(folder / ENGINE_STATE, f"rng-rank{self.ranks.rank}", *flatten_state(state.rng)):
+                records[path.relative_to(folder).as_posix()] = file_record(path)
+                reached("file", path)
+        everyone = self.ranks.exchange("hashes of a save", records)
+        return {name: record for part in everyone for name, record in part.items()}
 
     def _launch(self, job: _Save) -> None:
         if self.sync:
-            return self._finish(job)
+            return self._complete(job)
         try:
             job.weights = self._copies.take("model", job.weights)
             job.optimizer = (job.optimizer[0], self._copies.take("optimizer", job.optimizer[1]))
-        except Exception as error:
+        except Exception as error:  # most likely no memory for the copies; the other ranks read of it in `wait`
             self._failure = error
             return self._drop_temp()
-        self._thread = threading.Thread(target=self._finish, args=(job,), name="save")
+        self._thread = threading.Thread(target=self._complete, args=(job,), name="save")
         self._thread.start()
         return None
 
-    def _finish(self, job: _Save) -> None:
-        """Stages 3 to 6, on rank 0, usually in a thread; a failure waits for `wait`."""
-        path = job.folder
+    def _complete(self, job: _Save) -> None:
+        """Stages 3 to 6, on rank 0, usually in a thread; a failure is kept for `wait`."""
         try:
-            self._write_contents(job)
-            self._commit(job)
-            path = self.run_dir
-            self._publish(job)
+            with self._as_storage_error(job.folder):
+                self._write_contents(job)
+                self._write_manifest(job)
+                self._rename(job)
+            with self._as_storage_error(self.run_dir):
+                self._publish(job)
         except BaseException as error:  # whatever it is, it must not die with the thread
-            self._failure = self._storage_error(error, path)
+            self._failure = error
             self._drop_temp()
             self.history.recover()
 
     def _write_contents(self, job: _Save) -> None:
-        state_dir = job.folder / ENGINE_STATE
+        """Stage 3: weights, optimizer and trainer state."""
         job.write_model(job.folder, job.weights)
         reached("model", job.folder)
-        write_state(state_dir, "optimizer", *job.optimizer)
-        for name, value in job.small.items():
-            write_state(state_dir, name, *value)
+        for name, value in {"optimizer": job.optimizer, **job.small}.items():
+            write_state(job.folder / ENGINE_STATE, name, *value)
+
+    def _write_manifest(self, job: _Save) -> None:
+        """Stages 3 and 4: everything forced to the disk and hashed; then the file that names it all."""
         files = {}
-        mode = (state_dir / "trainer_state.json").stat().st_mode
+        mode = (job.folder / ENGINE_STATE / "trainer_state.json").stat().st_mode
         for name in sorted(manifest.list_files(job.folder)):
             (job.folder / name).chmod(mode)  # safetensors files come out readable by their owner alone
             files[name] = file_record(job.folder / name)
             reached("file", job.folder / name)
         if lost := [name for name, record in job.rank_files.items() if files.get(name) != record]:
             raise OSError(f"{lost[0]} did not arrive as its rank wrote it")
-        facts = {
-            "run_id": self.history.run_id,
-            "step": job.step,
-            "world_size": self.ranks.world_size,
-            "metrics": job.metrics,
-        }
-        facts |= {"identity_sha256": manifest.digest_of(self.identity), "data": self.identity.get("data")}
-        facts["tokenizer"] = self.identity.get("tokenizer")
         for folder in {(job.folder / name).parent for name in files}:
             fsync_file(folder)
+        facts = {"run_id": self.history.run_id, "step": job.step, "world_size": self.ranks.world_size}
+        facts |= {"metrics": job.metrics, "identity_sha256": manifest.digest_of(self.identity)}
+        facts |= {"data": self.identity.get("data"), "tokenizer": self.identity.get("tokenizer")}
         reached("before-manifest", job.folder)
         write_json_atomically(job.folder / MANIFEST, manifest.build_manifest(files, **facts))
         reached("after-manifest", job.folder)
 
-    def _commit(self, job: _Save) -> None:
+    def _rename(self, job: _Save) -> None:
         """Stage 5: the instant at which the checkpoint comes to be."""
         final = self.history.path_of(job.step)
         self.history.make_way(final)
@@ -294,40 +308,16 @@ class CheckpointStore:
         reached("after-best", self.run_dir / "best.json")
         self.history.rotate()
 
-    def wait(self) -> bool:
-        """Join the save under way. True if it is complete; under `on_error: continue` False after a warning.
-
-        Raises:
-            EngineError: E6 on all ranks when the save failed.
-        """
-        if self._pending is None:
-            return True
-        step, self._pending = self._pending, None
+    @contextmanager
+    def _as_storage_error(self, path: Path) -> Iterator[None]:
+        """A failed write becomes E6, whatever the library calls it; what is no failed write stays what it is."""
         try:
-            with self.ranks.together("joining a save"):
-                if self._thread is not None:
-                    self._thread.join()
-                self._thread, failure, self._failure = None, self._failure, None
-                if failure is not None:
-                    raise failure if isinstance(failure, Exception) else as_engine_error(failure)
-        except EngineError as error:
-            return self._failed(error)
-        self.runtime.status.last_checkpoint = self.history.path_of(step).name
-        return True
-
-    def _failed(self, error: EngineError) -> bool:
-        self._drop_temp()
-        if self.on_error == "continue" and error.exit_code == 6:
-            log.warning("%s; going on (checkpoint.on_save_error: continue)", error)
-            return False
-        raise error
-
-    def _storage_error(self, error: BaseException, path: Path) -> BaseException:
-        """A failed write as E6; what is no failed write stays what it is."""
-        writes = isinstance(error, OSError | RuntimeError) or type(error).__name__ == "SafetensorError"
-        if isinstance(error, EngineError) or not writes:
-            return error
-        return storage_error(error, path, "saving a checkpoint", "earlier checkpoints are untouched")
+            yield
+        except Exception as error:
+            writes = isinstance(error, OSError | RuntimeError) or type(error).__name__ == "SafetensorError"
+            if not writes:
+                raise
+            raise storage_error(error, path, "saving a checkpoint", _SAFE) from error
 
     def _drop_temp(self) -> None:
         temp, self._temp = self._temp, None
@@ -379,6 +369,8 @@ class CheckpointStore:
     def load_state(self, folder: Path) -> EngineState:
         """State of a checkpoint that `find_resume` returned; makes it the end of this folder's history.
 
+        In this order: the state is read and held against this run first, and only then is anything in the folder moved.
+        So a refused resume changes nothing, and the same command with the old recipe still finds every checkpoint.
         Newer checkpoints (all damaged, unless an older one was named on purpose) are renamed to `.bad-...` or
         `.later-...`, and the pointers are set right.
 

@@ -164,6 +164,13 @@ def trainable_state(model: nn.Module) -> dict[str, Tensor]:
     return adapters.adapter_tensors(model) if is_adapted(model) else dict(model.state_dict())
 
 
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """The same weights as live tensors under the model's own names, which `save_pretrained` takes as its state dict."""
+    if is_adapted(model):
+        return {name: tensor.detach() for name, tensor in model.named_parameters() if tensor.requires_grad}
+    return model.state_dict()
+
+
 @torch.no_grad()
 def load_weights(model: nn.Module, folder: str | Path) -> None:
     """Copy the weights of a saved folder into an existing model of the same shape, to the bit.

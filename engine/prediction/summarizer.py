@@ -213,8 +213,10 @@ class Summarizer:
 
 def gather_summaries(mine: Sequence[Summary], expected: Sequence[int], runtime: Runtime) -> list[Summary]:
     """All ranks' summaries in the order of the indices `expected`, each row exactly once."""
-    runtime.wait_for_all("decoding")  # ranks finish far apart; only then the collective, with nothing left to wait for
-    everyone = [Summary(**record) for record in runtime.gather([asdict(summary) for summary in mine])]
+    runtime.ranks.wait_for_all(
+        "decoding"
+    )  # ranks finish far apart; only then the collective, with nothing left to wait for
+    everyone = [Summary(**record) for record in runtime.ranks.gather([asdict(summary) for summary in mine])]
     by_index = {summary.index: summary for summary in everyone}
     if len(by_index) != len(everyone) or set(by_index) != set(expected):
         what = f"decoded {len(everyone)} rows for {len(expected)}; each must come back once"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from engine.errors import EngineError
 
 _MAX_JSON_BYTES = 64 * 2**20  # ours have kilobytes, the largest weight indexes some megabytes
 _GO_ON = "free some space or choose another experiment.output_dir, then run again with --resume auto"
+_PARTIAL = re.compile(r"\.(.+)\.\d+\.partial")
 # Callables `(point, path)` met on the way through a save. Only tests fill this list, to kill or to fail there.
 fail_points: list[Callable[[str, Path], None]] = []
 
@@ -37,11 +39,13 @@ def write_text_atomically(path: Path, text: str, *, durable: bool = True, errors
     """Replace `path` by `text` so that a reader, or a crash, sees the old file or the new one and nothing between.
 
     `durable=False` skips the flush to disk: still whole after a crash of this process, not after one of the machine.
+    A kill leaves a `.<name>.<pid>.partial` behind, for `remove_partials`.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         partial.unlink(missing_ok=True)  # by a killed process of the same number, or somebody's link
-        with partial.open("x", encoding="utf-8", errors=errors, newline="") as handle:  # "x" follows no link
+        # "x" follows no link; csv brings line ends of its own.
+        with partial.open("x", encoding="utf-8", errors=errors, newline="") as handle:
             handle.write(text)
             handle.flush()
             if durable:
@@ -63,6 +67,14 @@ def append_text(path: Path, text: str) -> None:
 def without_links(path: str, flags: int) -> int:
     """As `opener` of `open`: refuses a link in the file's place (Windows has no such flag)."""
     return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
+
+def remove_partials(folder: Path, name: str | None = None) -> None:
+    """Remove what killed writes left behind: of the file of that name, or of all files in a folder of ours."""
+    for path in folder.iterdir():
+        match = _PARTIAL.fullmatch(path.name)
+        if match and name in (None, match[1]) and path.is_file():
+            path.unlink(missing_ok=True)
 
 
 def write_json_atomically(path: Path, value: Any, *, durable: bool = True) -> None:
@@ -103,14 +115,10 @@ def read_json(path: Path, *, strict: bool = True) -> dict[str, Any]:
 
 def sha256_of(path: Path) -> str:
     """Hex digest of a file, read in blocks."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(handle)
-
-
-def _digest(handle: Any) -> str:  # Python 3.10 has no hashlib.file_digest
     digest = hashlib.sha256()
-    while block := handle.read(1 << 20):
-        digest.update(block)
+    with path.open("rb") as handle:
+        while block := handle.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()
 
 

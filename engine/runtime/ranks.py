@@ -1,11 +1,11 @@
 """What the processes of one run tell each other.
 
 Two roads. Tensors and the flags of every update go through collectives, which are fast but need every rank to arrive
-in time and in the same order. Everything else (texts, decisions, failures) goes as JSON through the key-value store
-that the process
-group was started from: waiting there has no collective timeout, so a long evaluation on one rank is no failure, a
-rank that failed inside a section can still tell the others, and nothing is unpickled. While a rank waits it watches
-two things: whether some rank has reported a failure, and whether the silent ones still show a heartbeat.
+in the same order and within a timeout. Everything else (texts, decisions, failures) goes as JSON through the key-value
+store that the process group was started from. Waiting there has no timeout of its own, so one rank may evaluate for
+hours while the others wait; a rank that failed inside a section can still tell the others; and nothing is unpickled.
+What a timeout would have noticed, heartbeats notice: while a rank waits it watches whether some rank has reported a
+failure, and whether the silent ones are still alive.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import EngineError
-from engine.runtime.exits import classify
+from engine.runtime.exits import Shapes, classify
 
 if TYPE_CHECKING:
     import torch
 
 _CHUNK = 1 << 20  # bytes of one value in the store, whose server refuses values of 8 MiB and more
-_HURRIED = 5.0  # seconds of silence that a rank which was told to stop puts up with
-_GRACE = 2.0  # seconds that a failing rank waits for the others' word, to settle which failure is the first one's
+_HURRIED = 5.0  # seconds of silence after which a rank counts as lost for one that was asked to stop
+_GRACE = 2.0  # seconds that a failing rank waits for the others, to settle which failure is the first one's
 
 
 class RankGroup:
@@ -37,28 +37,33 @@ class RankGroup:
         timeout: seconds without a heartbeat after which a rank counts as lost.
         store: a torch.distributed store; None with one rank.
         control: process group for small CPU tensors; None is the default group.
+        stopping: whether this process was asked to stop: it then waits less long for silent ranks.
+        on_dead_store: called from a thread, with a reason, when the store has not answered for `timeout` seconds; must
+            end the process.
     """
 
     def __init__(
-        self, rank: int = 0, world_size: int = 1, *, timeout: float = 1800, store: Any = None, control: Any = None
+        self,
+        rank: int = 0,
+        world_size: int = 1,
+        *,
+        timeout: float = 1800,
+        store: Any = None,
+        control: Any = None,
+        stopping: Callable[[], bool] = lambda: False,
+        on_dead_store: Callable[[str], None] = lambda reason: None,
     ) -> None:
         self.rank, self.world_size, self.timeout = rank, world_size, float(timeout)
+        self.is_main = rank == 0
         self._store, self._control = store, control
+        self._stopping, self._on_dead_store = stopping, on_dead_store
         self._turn = 0
         self._said: list[str] = []  # keys this rank wrote in its last exchange
         self._stop_beating = threading.Event()
-        self.hurried: Callable[[], bool] = lambda: (
-            False
-        )  # this process was told to stop: do not wait long for silent ranks
         self._asked: float | None = None  # when the heartbeat in flight asked the store
-        self.store_is_dead: Callable[[str], None] = lambda reason: None
         if world_size > 1:
             for task in (self._beat, self._guard_store):
                 threading.Thread(target=task, name=task.__name__, daemon=True).start()
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
 
     # By store
 
@@ -73,25 +78,22 @@ class RankGroup:
             if error is not None:
                 raise error
             return [json.loads(json.dumps(value))]
+        # 1. Say what this rank has to say: a value, or that it failed. Turns are numbered, so that a fast rank's next
+        #    exchange cannot be taken for this one.
         turn, self._turn = self._turn, self._turn + 1
-        before, self._said = (
-            self._said,
-            self._write(f"say/{turn}/{self.rank}", {"at": name, "value": value, "error": _to_json(error)}),
-        )
-        entries = self._collect(turn, name, impatient=error is not None)
+        before, self._said = self._said, self._write(f"say/{turn}/{self.rank}", _entry(name, value, error))
+        # 2. Hear the others, however late they come. A rank that failed waits only a moment: it will end either way.
+        entries = self._collect(turn, name, wait=error is None)
+        # 3. All ranks see the same entries, so all raise the same failure.
         for entry in entries:
             if entry is not None and entry["error"] is not None:
                 raise _from_json(entry["error"])
-        strangers = {rank: entry["at"] for rank, entry in enumerate(entries) if entry["at"] != name}
-        if strangers:
-            rank, at = next(iter(strangers.items()))
-            raise EngineError(
-                "E9.2",
-                f"the ranks are at different points: rank {self.rank} at {name}, rank {rank} at {at}",
-                name,
-                "report this as a bug",
-            )
-        for key in before:  # everyone has read the exchange before this one, or would not have spoken in this one
+        for rank, entry in enumerate(entries):
+            if entry["at"] != name:
+                what = f"the ranks are at different points: rank {self.rank} at {name}, rank {rank} at {entry['at']}"
+                raise EngineError("E9.2", what, name, "report this as a bug")
+        # 4. Clear away the exchange before: everyone has read that one, or would not have spoken in this one.
+        for key in before:
             self._store.delete_key(key)
         return [entry["value"] for entry in entries]
 
@@ -109,24 +111,25 @@ class RankGroup:
         rest = [self._store.get(f"{key}/{index}") for index in range(1, int(count))]
         return json.loads(b"".join([first, *rest]))
 
-    def _collect(self, turn: int, name: str, *, impatient: bool) -> list[dict[str, Any] | None]:
-        """Entries of all ranks; an impatient caller (one that failed) takes None for those who do not speak in time."""
+    def _collect(self, turn: int, name: str, *, wait: bool) -> list[dict[str, Any] | None]:
+        """Entries of all ranks; with `wait` False, None for those who do not speak within a moment."""
         entries: list[dict[str, Any] | None] = [None] * self.world_size
         missing, pause, began = set(range(self.world_size)), 0.0002, time.monotonic()
         pulse = _Pulse(self, missing)
-        while missing:
-            for rank in sorted(missing):
-                if self._store.check([f"say/{turn}/{rank}"]):
-                    entries[rank] = self._read(f"say/{turn}/{rank}")
-                    missing.discard(rank)
-                    pause = 0.0002
-            if not missing or (impatient and time.monotonic() - began > _GRACE):
+        while missing and (wait or time.monotonic() - began <= _GRACE):
+            arrived = {rank for rank in missing if self._store.check([f"say/{turn}/{rank}"])}
+            for rank in arrived:
+                entries[rank] = self._read(f"say/{turn}/{rank}")
+            missing -= arrived
+            if not missing:
                 break
-            if not impatient:
-                self.raise_reported()
+            if wait:
+                if (failure := self._failure()) is not None:
+                    raise failure
                 pulse.check(missing, name)
+            # Polling: quick while ranks arrive together, slow while one of them evaluates.
+            pause = 0.0002 if arrived else min(pause * 1.5, 0.05)
             time.sleep(pause)
-            pause = min(pause * 1.5, 0.05)
         return entries
 
     def gather(self, items: Sequence[Any]) -> list[Any]:
@@ -159,17 +162,12 @@ class RankGroup:
     def require_equal(self, facts: dict[str, Any]) -> None:
         """Refuse to start when ranks disagree, for example about the recipe or the version of the code (E9)."""
         for rank, other in enumerate(self.exchange("compare ranks", facts)):
-            differing = [key for key in {**facts, **other} if other.get(key) != facts.get(key)]
-            if differing:
-                key = differing[0]
+            key = next((key for key in {**facts, **other} if other.get(key) != facts.get(key)), None)
+            if key is not None:
                 here, there = (json.dumps(side.get(key), ensure_ascii=False)[:60] for side in (facts, other))
-                raise EngineError(
-                    "E9.3",
-                    f"the ranks disagree about {key}: {here} on rank {self.rank}, {there} on rank {rank}",
-                    key,
-                    "start all ranks with the same recipe, code and data",
-                    safe="nothing was started",
-                )
+                what = f"the ranks disagree about {key}: {here} on rank {self.rank}, {there} on rank {rank}"
+                next_step = "start all ranks with the same recipe, code and data"
+                raise EngineError("E9.3", what, key, next_step, safe="nothing was started")
 
     # By collectives
 
@@ -200,30 +198,19 @@ class RankGroup:
 
     def report(self, error: EngineError) -> None:
         """Leave word of a failure for ranks that wait or will be cut off. Never raises: the store may be gone."""
-        if self.world_size == 1:
-            return
-        try:
-            record = _to_json(error)
-            self._store.compare_set("failed", "", json.dumps(record))
-        except Exception:
-            return
+        if self.world_size > 1:
+            with suppress(Exception):
+                self._store.compare_set("failed", "", json.dumps(_to_json(error)))  # the first one stays
 
     def reported(self) -> EngineError | None:
         """The failure that some rank has reported, if the store can still be asked."""
-        if self.world_size == 1:
-            return None
-        try:
-            return _from_json(json.loads(self._store.get("failed"))) if self._store.check(["failed"]) else None
-        except Exception:
-            return None
+        if self.world_size > 1:
+            with suppress(Exception):
+                return self._failure()
+        return None
 
-    def raise_reported(self) -> None:
-        if self._store.check(["failed"]):
-            raise _from_json(json.loads(self._store.get("failed")))
-
-    def heartbeat_of(self, rank: int) -> int:
-        key = f"beat/{rank}"
-        return int(self._store.get(key)) if self._store.check([key]) else 0
+    def _failure(self) -> EngineError | None:
+        return _from_json(json.loads(self._store.get("failed"))) if self._store.check(["failed"]) else None
 
     def _beat(self) -> None:
         pause = max(0.2, min(1.0, self.timeout / 5))
@@ -232,24 +219,23 @@ class RankGroup:
                 self._asked = time.monotonic()
                 self._store.add(f"beat/{self.rank}", 1)
             except Exception:
-                return  # the store is gone; whoever waits on it will say so
+                return  # the store is gone; whoever waits for it finds out
             finally:
                 self._asked = None
             self._stop_beating.wait(pause)
 
     def leave(self, patience: float) -> None:
-        """Last words before this process ends. Rank 0 goes last, within reason, if the store would die with it."""
+        """Sign off before this process ends. Rank 0 goes last, for up to `patience` seconds: if it hosts the store, the
+        others lose it with rank 0."""
         if self.world_size == 1:
             return
         deadline = time.monotonic() + patience
-        try:
+        with suppress(Exception):  # the store went first; there is nobody left to wait for
             self._store.set(f"gone/{self.rank}", "1")
             others = [f"gone/{rank}" for rank in range(1, self.world_size)]
             hosting = self.is_main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
             while hosting and time.monotonic() < deadline and not self._store.check(others):
                 time.sleep(0.01)
-        except Exception:
-            return  # the store went first; there is nobody left to wait for
 
     def close(self) -> None:
         self._stop_beating.set()
@@ -262,7 +248,16 @@ class RankGroup:
         while not self._stop_beating.wait(0.5):
             began = self._asked
             if began is not None and time.monotonic() - began > self.timeout:
-                self.store_is_dead(f"the store of the process group has not answered for {self.timeout:.0f} s")
+                self._on_dead_store(f"the store of the process group has not answered for {self.timeout:.0f} s")
+
+    def heartbeat_of(self, rank: int) -> int:
+        """How often that rank has shown that it is alive."""
+        return int(self._store.get(f"beat/{rank}")) if self._store.check([f"beat/{rank}"]) else 0
+
+    @property
+    def patience(self) -> float:
+        """Seconds of silence after which a rank counts as lost."""
+        return min(self.timeout, _HURRIED) if self._stopping() else self.timeout
 
 
 class _Pulse:
@@ -270,15 +265,15 @@ class _Pulse:
 
     def __init__(self, ranks: RankGroup, watched: set[int]) -> None:
         self.ranks = ranks
-        self.seen = {rank: (-1, time.monotonic()) for rank in watched}
+        self.seen = {rank: (-1, time.monotonic()) for rank in watched}  # last count, and when it last grew
         self.next_look = time.monotonic() + 0.2
 
     def check(self, missing: set[int], name: str) -> None:
+        """Raises: EngineError E9.1 for a rank whose count has not grown for too long."""
         now = time.monotonic()
         if now < self.next_look:
             return
-        self.next_look = now + 0.2
-        patience = min(self.ranks.timeout, _HURRIED) if self.ranks.hurried() else self.ranks.timeout
+        self.next_look, patience = now + 0.2, self.ranks.patience
         for rank in missing:
             beat, since = self.ranks.heartbeat_of(rank), self.seen[rank]
             if beat != since[0]:
@@ -288,21 +283,21 @@ class _Pulse:
                 raise EngineError("E9.1", what, f"waiting at {name}", "look at that rank's output, then --resume auto")
 
 
-def as_engine_error(error: BaseException, rank: int | None = None) -> EngineError:
+def as_engine_error(error: BaseException, rank: int | None = None, shapes: Shapes | None = None) -> EngineError:
     """Any exception in the form that ranks exchange; `owner` remembers who had it."""
-    error = classify(error)
-    if getattr(error, "owner", None) is None:
-        error.owner = rank
-    return error
+    known = classify(error, shapes)
+    if known.owner is None:
+        known.owner = rank
+    return known
 
 
-def _to_json(error: EngineError | None) -> dict[str, Any] | None:
-    if error is None:
-        return None
-    return {
-        "parts": {name: getattr(error, name) for name in ("code", "what", "where", "next", "safe")},
-        "owner": getattr(error, "owner", None),
-    }
+def _entry(name: str, value: Any, error: EngineError | None) -> dict[str, Any]:
+    return {"at": name, "value": value, "error": None if error is None else _to_json(error)}
+
+
+def _to_json(error: EngineError) -> dict[str, Any]:
+    parts = {name: getattr(error, name) for name in ("code", "what", "where", "next", "safe")}
+    return {"parts": parts, "owner": error.owner}
 
 
 def _from_json(record: dict[str, Any]) -> EngineError:

@@ -18,12 +18,13 @@ if TYPE_CHECKING:
     from engine.recipe.schema import Recipe
 
 MANIFEST = "manifest.json"  # of a checkpoint, written last
-_CHECKPOINT = re.compile(r"checkpoint-\d+")
+CHECKPOINT = re.compile(r"checkpoint-(0|[1-9]\d{0,17})")  # folder name of a checkpoint, with its step
 # What a run writes to by name. Checkpoints are renamed into place and looked at by their own room, as is the lock.
 _WRITTEN = re.compile(
     r"recipe\.yaml|train\.log|metrics(\.damaged)?\.jsonl|tensorboard|wandb|predictions|(best|last|results)\.json"
     r"|run_status(\.rank\d+)?\.json|final_model|\.tmp-.*|\..*\.partial"
 )
+_GIVE = "give a checkpoint folder, a run folder, or auto"
 _LEAST_FREE = 32 << 20  # bytes without which not even the logs of a run are safe
 
 log = logging.getLogger("engine")
@@ -68,49 +69,27 @@ def choose_run_folder(recipe: Recipe, resume: str | None) -> RunFolder:
 def _run_of(path: Path, explicit: str | None) -> Path:
     """The run folder of `--resume PATH`."""
     if not str(path) or not path.is_dir():
-        raise EngineError(
-            "E5.1",
-            "there is no checkpoint to resume from",
-            str(path),
-            "give a checkpoint folder, a run folder, or auto",
-            safe="nothing was started",
-        )
+        what = "there is no checkpoint to resume from"
+        raise EngineError("E5.1", what, str(path), _GIVE, safe="nothing was started")
     if path.name.startswith(".") or path.is_symlink():
-        raise EngineError(
-            "E5.2",
-            "an unfinished or linked folder is no checkpoint",
-            str(path),
-            "use --resume auto",
-            safe="nothing was started",
-        )
-    run = path.parent if _CHECKPOINT.fullmatch(path.name) else path
+        what = "an unfinished or linked folder is no checkpoint"
+        raise EngineError("E5.2", what, str(path), "use --resume auto", safe="nothing was started")
+    run = path.parent if CHECKPOINT.fullmatch(path.name) else path
     if not _is_ours(run) or (run == path and not _holds_run(run)):
-        raise EngineError(
-            "E5.1",
-            "there is no checkpoint of a run here",
-            str(path.absolute()),
-            "give a checkpoint folder, a run folder, or auto",
-            safe="nothing was started",
-        )
+        what = "there is no checkpoint of a run here"
+        raise EngineError("E5.1", what, str(path.absolute()), _GIVE, safe="nothing was started")
     if explicit is not None and Path(explicit).resolve() != run.resolve():
-        raise EngineError(
-            "E2.32",
-            f"experiment.output_dir is {explicit}, the checkpoint lies in {run}",
-            str(path),
-            "leave experiment.output_dir out to continue in the checkpoint's folder",
-        )
+        what = f"experiment.output_dir is {explicit}, the checkpoint lies in {run}"
+        leave_out = "leave experiment.output_dir out to continue in the checkpoint's folder"
+        raise EngineError("E2.32", what, str(path), leave_out)
     return run
 
 
 def _explicit(folder: Path, resume: str | None) -> RunFolder:
     if folder.is_dir() and _holds_run(folder) and resume is None:
-        raise EngineError(
-            "E2.31",
-            "experiment.output_dir already holds a run",
-            str(folder),
-            "add --resume auto to continue it, or choose another folder",
-            safe="it was not touched",
-        )
+        what = "experiment.output_dir already holds a run"
+        next = "add --resume auto to continue it, or choose another folder"
+        raise EngineError("E2.31", what, str(folder), next, safe="it was not touched")
     if folder.is_dir() and _is_ours(folder):
         return _existing(folder)
     if folder.is_dir() and (found := sorted(entry.name for entry in folder.iterdir() if entry.name[0] != ".")):
@@ -163,7 +142,7 @@ def _holds_run(folder: Path) -> bool:
         (folder / name).exists() for name in ("final_model", "results.json")
     ):
         return True
-    return any(_CHECKPOINT.fullmatch(entry.name) for entry in folder.iterdir())
+    return any(CHECKPOINT.fullmatch(entry.name) for entry in folder.iterdir())
 
 
 def _latest(root: Path, name: str) -> Path | None:
@@ -196,12 +175,9 @@ def _make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        raise EngineError(
-            "E2.33",
-            "the output folder's path goes through a file",
-            str(folder),
-            "choose another experiment.output_dir or output_root",
-        ) from error
+        what = "the output folder's path goes through a file"
+        next = "choose another experiment.output_dir or output_root"
+        raise EngineError("E2.33", what, str(folder), next) from error
     except OSError as error:
         raise storage_error(error, folder, "creating the run folder", "nothing was started") from error
 
@@ -223,10 +199,6 @@ def check_space(folder: Path, need: int) -> None:
     """Raises: EngineError E6.2 where less than `need` bytes are free."""
     free = free_bytes(folder)
     if free < need:
-        raise EngineError(
-            "E6.2",
-            f"not enough space for this run: {need >> 20} MiB needed, {free >> 20} MiB free",
-            str(folder),
-            "free some space, or choose another experiment.output_dir or output_root",
-            safe="nothing was started",
-        )
+        what = f"not enough space for this run: {need >> 20} MiB needed, {free >> 20} MiB free"
+        next = "free some space, or choose another experiment.output_dir or output_root"
+        raise EngineError("E6.2", what, str(folder), next, safe="nothing was started")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -11,6 +12,7 @@ from engine.runtime import console
 from engine.runtime.atomic import without_links
 
 RESULT = "engine.result"  # the logger of a command's result
+_ALL = 1 << 30  # more than any number of records, above any level
 log = logging.getLogger("engine")
 
 
@@ -49,33 +51,18 @@ class _RunFile(logging.FileHandler):
         return open(self.baseFilename, self.mode, encoding=self.encoding, opener=without_links)
 
 
-class _Early(logging.Handler):
-    """Keeps what is said before there is a file to write it to."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.DEBUG)
-        self.records: list[logging.LogRecord] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.records.append(record)
-
-
 class RunLog:
     """The loggers under `engine`: everything to `train.log`, the important lines to the console, on the main rank."""
 
-    def __init__(self, is_main: bool, *, console: bool = True) -> None:
+    def __init__(self, is_main: bool) -> None:
         self.is_main = is_main
         self.handlers: list[logging.Handler] = []
         log.setLevel(logging.DEBUG)
         log.propagate = False
-        if is_main:
-            self._early = _Early()
-            self._add(self._early)
-        if is_main and console:
-            handler = _Console(logging.INFO)
+        # Keeps what is said before there is a file to write it to.
+        self._early = MemoryHandler(_ALL, flushLevel=_ALL, flushOnClose=False)
+        for handler in [self._early, _Console(logging.INFO)] if is_main else [logging.NullHandler()]:
             self._add(handler)
-        if not is_main:
-            self._add(logging.NullHandler())
 
     def _add(self, handler: logging.Handler) -> None:
         self.handlers.append(handler)
@@ -87,8 +74,8 @@ class RunLog:
             return
         handler = _RunFile(folder / "train.log", encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
-        for record in self._early.records:
-            handler.handle(record)
+        self._early.setTarget(handler)
+        self._early.flush()
         log.removeHandler(self._early)
         self._add(handler)
 

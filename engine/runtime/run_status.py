@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from engine.runtime.atomic import read_json, write_json_atomically
-
-if TYPE_CHECKING:
-    pass
 
 STATUS = "run_status.json"
 

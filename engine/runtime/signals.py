@@ -1,10 +1,11 @@
 """Requests from outside: stop (SIGTERM, SIGINT), save and go on (SIGUSR1), give up (a second stop), and a vanished
 launcher.
 
-A request never interrupts an update. It is noted, the ranks agree on it at the next update boundary, and the loop
-acts there.
-Giving up is different: a thread that waits on the signals' wake-up pipe does it, so it works while the main thread is
-deep in a C function, in a collective that will never end, or in a save.
+A request never interrupts an update: a rank that left in the middle of one would leave the others in a collective, and
+its weights between two steps. It is noted, the ranks agree on it at the next update boundary, and the loop acts there.
+Giving up is different. Python runs signal handlers in the main thread alone, and only between two bytecodes, so a
+handler would wait for a C function, for a collective that will never end, or for a save. A thread that reads the
+signals' wake-up pipe does not wait for any of them.
 """
 
 from __future__ import annotations
@@ -94,6 +95,7 @@ class StopSignal:
                     return pipe.close()
                 for number in numbers:
                     self._note(number)
+            # A launcher that was killed cannot pass its signal on; its workers would train on as orphans.
             elif self._follow_parent and os.getppid() != self._parent:
                 self._follow_parent = False
                 os.kill(os.getpid(), signal.SIGTERM)

@@ -75,4 +75,4 @@ def _fits(model: nn.Module, bundle: ModelBundle, rows: list[Feature], runtime: R
     if runtime.device.type == "cuda":
         torch.cuda.empty_cache()
     runtime.restore_random_state(random_state)
-    return not runtime.any_rank(failed)
+    return not runtime.ranks.any_rank(failed)

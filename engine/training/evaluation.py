@@ -100,7 +100,7 @@ def evaluate(
         if summarizer is not None:
             summaries = decode(bundle, split, runtime, summarizer)
             scored = score(split, summaries, settings.rouge_tokenizer) if runtime.is_main else None
-            metrics |= runtime.broadcast(scored)
+            metrics |= runtime.ranks.broadcast(scored)
             rows = prediction_rows(split, summaries)
     metrics["seconds"] = time.perf_counter() - started
     metrics["samples_per_second"] = len(split.examples) / metrics["seconds"]
@@ -126,8 +126,8 @@ def evaluation_loss(bundle: ModelBundle, targets: Sequence[Feature], runtime: Ru
         batch = runtime.to_device(bundle.collate([targets[position] for position in positions]))
         totals[0] += summed_cross_entropy(bundle.model, batch).double()
         totals[1] += supervised_tokens(batch)
-    runtime.wait_for_all("evaluation loss")
-    totals = runtime.sum_across_ranks(totals)
+    runtime.ranks.wait_for_all("evaluation loss")
+    totals = runtime.ranks.sum_across_ranks(totals)
     return float(totals[0] / totals[1])
 
 

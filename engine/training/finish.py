@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.models import weights
-from engine.runtime.atomic import read_json, write_json_atomically, write_text_atomically
+from engine.runtime.atomic import read_json, remove_partials, write_json_atomically, write_text_atomically
 from engine.runtime.faults import blaming
 from engine.runtime.lock import taking_turns
 from engine.runtime.run_status import STATUS
@@ -38,12 +38,12 @@ def write_results(job: Job, test: list[Example]) -> dict[str, Any]:
     job.store.wait()
     best = job.state.best_step if job.state.best_step is not None else job.state.saved_step
     checkpoint = job.run_dir / f"checkpoint-{best}"
-    with job.runtime.together("writing final_model"):
+    with job.runtime.ranks.together("writing final_model"):
         if job.runtime.is_main:
             write_final_model(checkpoint, job.run_dir)
     test_metrics = _predict_test(job, test, checkpoint, best)
     record = _record(job, best, test_metrics)
-    with job.runtime.together("writing results"):
+    with job.runtime.ranks.together("writing results"):
         if job.runtime.is_main:
             append_result(Path(job.recipe.experiment.output_root) / "results.csv", _row(record))
             write_json_atomically(job.run_dir / "results.json", record)
@@ -116,8 +116,7 @@ def append_result(path: Path, row: Mapping[str, Any]) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with taking_turns(path.parent):
-        for left_behind in path.parent.glob(f".{path.name}.*.partial"):  # by a kill; nobody else writes now
-            left_behind.unlink(missing_ok=True)
+        remove_partials(path.parent, path.name)  # nobody else writes now
         try:
             known = _read_table(path)
         except ValueError as error:

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from engine.checkpoints.host_copies import weights_of
 from engine.checkpoints.state_files import check_alike
 from engine.checkpoints.store import EngineState
 from engine.data.collate import IGNORE_INDEX
 from engine.models.bundle import save_model
+from engine.models.weights import weights_of
 from engine.runtime import signals
 from engine.runtime.peak_memory import measured_peak
 from engine.training import evaluation, nonfinite, optim
@@ -291,5 +291,4 @@ class Job:
             return
         self.save()
         if request == signals.STOP:
-            self.store.wait()
-            self.runtime.stop(saved=True)
+            self.runtime.stop(saved=self.store.wait())

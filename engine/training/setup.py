@@ -58,7 +58,7 @@ def read_splits(recipe: Recipe, runtime: Runtime) -> Splits:
         return rows.read_examples(file, settings, require_summary=require_summary, limit=limit)
 
     dev, test = [], []
-    with runtime.together("reading data"):
+    with runtime.ranks.together("reading data"):
         train = read(settings.train_file, settings.max_train_samples)
         if settings.validation_file is not None and recipe.evaluation.strategy != "no":
             dev = read(settings.validation_file, settings.max_validation_samples)
@@ -79,10 +79,10 @@ def prepare(
     What a run computes depends on the order of these steps; each says what it must come before or after.
     """
     # All ranks still draw the same numbers here, so that new weights (of a head, a token, an adapter) are equal everywhere.
-    with runtime.together("building the model"):
+    with runtime.ranks.together("building the model"):
         bundle = build.build_model(recipe, device=runtime.device, precision=runtime.precision)
     encoder = bundle.text_encoder()
-    with runtime.together("tokenising"):
+    with runtime.ranks.together("tokenising"):
         features = encode.encode_all(encoder, splits.train, augment=recipe.data.instruction_augmentation)
         dev = Split.of("dev", splits.dev, encoder).subset(recipe.evaluation.max_samples) if splits.dev else None
     model = runtime.accelerator.prepare(
@@ -107,7 +107,7 @@ def prepare(
         found = store.find_resume(resume) if resume else None
         state, random_state = _load(store, found, bundle, learner) if found else (TrainerState(), None)
         # Only now: a resume that is refused leaves the recipe of the earlier attempt as it was.
-        with runtime.together("writing recipe.yaml"):
+        with runtime.ranks.together("writing recipe.yaml"):
             if runtime.is_main:
                 write_text_atomically(folder.path / "recipe.yaml", dump(recipe))
         # An earlier attempt may have logged rows past the checkpoint, or before there was any: they are trained again.

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.recipe.dump import without_secrets
-from engine.runtime.atomic import append_text, fsync_file, write_text_atomically
+from engine.runtime.atomic import append_text, fsync_file, remove_partials, write_text_atomically
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -146,6 +146,7 @@ class Tracker:
 def write_predictions(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
     """`predictions/<split>-step<step>.csv`: id, dialogue, reference, prediction; newlines stay inside quoted cells."""
     path.parent.mkdir(exist_ok=True)
+    remove_partials(path.parent)
     table = io.StringIO()
     writer = csv.DictWriter(table, fieldnames=["id", "dialogue", "reference", "prediction"], extrasaction="ignore")
     writer.writeheader()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import runs
 
 from engine import train
 from engine.errors import EngineError
-from engine.runtime import signals
+from engine.runtime import atomic, signals
 from engine.runtime.exits import main_guard
 from engine.runtime.process import Runtime
 from engine.runtime.signals import Stopped
@@ -77,6 +78,20 @@ def interrupt_at(monkeypatch, step: int, request: int = signals.STOP) -> None:
         return request if self.status.step == step else signals.NOTHING
 
     monkeypatch.setattr(Runtime, "requests", requests)
+
+
+@pytest.mark.parametrize("sync", [True, False])
+def test_a_stop_whose_save_fails_is_not_called_saved(tmp_path, recipe, monkeypatch, sync):
+    """Under `on_save_error: continue` the save only warns; the exit code must still be 76."""
+
+    def fail(point, path):
+        raise OSError(errno.ENOSPC, "full")
+
+    interrupt_at(monkeypatch, 2)
+    monkeypatch.setattr(atomic, "fail_points", [fail])
+    with pytest.raises(Stopped) as caught:
+        runs.train(recipe, "checkpoint.on_save_error=continue", f"checkpoint.sync={str(sync).lower()}")
+    assert not caught.value.saved
 
 
 def test_stop_in_the_middle_of_an_epoch_and_resume(tmp_path, recipe, monkeypatch):

@@ -101,3 +101,18 @@ def test_embeddings_never_shrink(tmp_path):
     model = tiny.model("llama", 400)
     weights.resize_embeddings(model, 100, {})
     assert model.get_input_embeddings().weight.shape[0] == 400
+
+
+def test_a_peft_model_is_saved_by_what_is_trained():
+    from peft import LoraConfig, get_peft_model
+
+    class Base(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = torch.nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.linear(x)
+
+    model = get_peft_model(Base(), LoraConfig(target_modules=["linear"], r=2))
+    assert weights.weights_of(model) and all("lora_" in name for name in weights.weights_of(model))

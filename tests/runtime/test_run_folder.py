@@ -1,15 +1,97 @@
-"""Where a run may write: in new, empty and its own folders, never through a link, never over what others left."""
+"""Where a run writes: new folders and its own, never through a link, never over what others left."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import runs
+from runtime_toys import recipe_for
 
 from engine.errors import EngineError
 from engine.recipe.schema import Recipe
+from engine.runtime import process, run_folder
 from engine.runtime.run_folder import choose_run_folder
+
+
+def test_dated_folders_do_not_collide(tmp_path):
+    recipe = recipe_for(tmp_path, name="kobart")
+    first, second = choose_run_folder(recipe, None), choose_run_folder(recipe, None)
+    assert first.path != second.path and not first.reused
+    day, name = first.path.parts[-2:]
+    assert name.startswith(day + "_") and name.endswith("_kobart") and len(name) == len("20250101_120000_kobart")
+
+
+def test_a_folder_with_a_run_needs_resume(tmp_path):
+    recipe = recipe_for(tmp_path, output_dir=str(tmp_path / "run"))
+    folder = choose_run_folder(recipe, None)
+    assert folder.path.is_dir() and not folder.reused
+    (folder.path / "train.log").write_text("a run that failed before its first update\n")
+    (folder.path / "run_status.json").write_text('{"code": 3}')
+    assert choose_run_folder(recipe, None).reused
+    for trace in ("metrics.jsonl", "results.json"):
+        (folder.path / trace).write_text("{}\n")
+        with pytest.raises(EngineError, match=r"error E2\.31"):
+            choose_run_folder(recipe, None)
+        assert choose_run_folder(recipe, "auto").reused
+        (folder.path / trace).unlink()
+    (folder.path / "checkpoint-5").symlink_to("/")
+    with pytest.raises(EngineError, match=r"error E2\.31"):
+        choose_run_folder(recipe, None)
+
+
+def test_auto_finds_the_newest_run_of_that_name(tmp_path):
+    recipe = recipe_for(tmp_path, name="a")
+    fresh = choose_run_folder(recipe, "auto")
+    assert not fresh.reused
+    root = tmp_path / "experiments"
+    for name in ("20250101/20250101_120000_a", "20250102/20250102_120000_a", "20250102/20250102_120000_a-2",
+                 "20250103/20250103_120000_ab", "20250104/20250104_120000_a"):  # fmt: skip
+        (root / name).mkdir(parents=True)
+        if not name.startswith("20250104"):  # that one never got as far as a status
+            (root / name / "run_status.json").write_text('{"code": null}')
+    fresh.path.rmdir()
+    assert choose_run_folder(recipe, "auto").path == root / "20250102" / "20250102_120000_a-2"
+
+
+def test_a_finished_run_is_complete(tmp_path):
+    recipe = recipe_for(tmp_path, output_dir=str(tmp_path / "run"))
+    with process.start(recipe) as started:
+        started.open_run(recipe)
+        (tmp_path / "run" / "results.json").write_text("{}")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()}
+    with process.start(recipe) as started:
+        assert started.open_run(recipe, "auto").finished
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()}
+
+
+def test_resume_paths(tmp_path):
+    run = tmp_path / "run"
+    (run / "checkpoint-5").mkdir(parents=True)
+    (run / "run_status.json").write_text('{"code": null}')
+    recipe = recipe_for(tmp_path)
+    assert choose_run_folder(recipe, str(run / "checkpoint-5")).path == run
+    assert choose_run_folder(recipe, str(run)).path == run
+    (run / ".tmp-checkpoint-6-0a").mkdir()
+    (run / "checkpoint-7").symlink_to(tmp_path)
+    for bad in ("nothing", "run/checkpoint-6", "run/.tmp-checkpoint-6-0a", "run/checkpoint-7"):
+        with pytest.raises(EngineError) as caught:
+            choose_run_folder(recipe, str(tmp_path / bad))
+        assert caught.value.exit_code == 5, bad
+    with pytest.raises(EngineError, match=r"error E2\.32"):
+        choose_run_folder(recipe_for(tmp_path, output_dir=str(tmp_path / "other")), str(run / "checkpoint-5"))
+
+
+def test_places_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    for bad, code in ((tmp_path / "file", 2), (tmp_path / "file" / "below", 2), (Path("/proc/nowhere"), 6)):
+        with pytest.raises(EngineError) as caught:
+            choose_run_folder(recipe_for(tmp_path, output_dir=str(bad)), None)
+        assert caught.value.exit_code == code, bad
+    monkeypatch.setattr(run_folder, "free_bytes", lambda folder: 1000)
+    with pytest.raises(EngineError, match="not enough space for this run"):
+        choose_run_folder(recipe_for(tmp_path, output_dir=str(tmp_path / "run")), None)
 
 
 def tree(folder):

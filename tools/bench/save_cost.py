@@ -49,7 +49,7 @@ class Subject:
         self.optimizer = torch.optim.AdamW(self.model.parameters())
         self.ids = torch.randint(10, 30_000, (ROWS, TOKENS), device=device)
         self.device, self.step = device, 0
-        runtime = SimpleNamespace(ranks=RankGroup(), status=RunStatus(), abandon=[])
+        runtime = SimpleNamespace(ranks=RankGroup(), status=RunStatus(), when_giving_up=lambda undo: None)
         self.stores = {
             way: CheckpointStore(
                 _made(folder / way), runtime, save_total_limit=1, sync=way == "foreground", identity={}
@@ -66,8 +66,8 @@ class Subject:
         """Returns the seconds in which the loop waited."""
         import torch
 
-        from engine.checkpoints.host_copies import weights_of
         from engine.checkpoints.store import EngineState
+        from engine.models.weights import weights_of
 
         self.step += 1
         rng = {"torch": torch.get_rng_state()}

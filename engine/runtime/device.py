@@ -1,0 +1,87 @@
+"""What the machine can serve: the device, the precision, and the Accelerator on that device."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+from typing import TYPE_CHECKING
+
+from engine.errors import EngineError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+log = logging.getLogger("engine")
+
+
+def choose_device(wanted: str) -> str:
+    """The recipe's device made concrete: "cpu", "cuda" (the local rank's GPU) or "cuda:N"."""
+    import torch
+
+    if wanted == "cpu":
+        return "cpu"
+    if not torch.cuda.is_available():
+        if wanted != "auto":
+            log.warning("runtime.device is %s, but there is no usable CUDA GPU: running on the CPU", wanted)
+        return "cpu"
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") and wanted == "auto":
+        return "cpu"
+    if wanted in ("auto", "cuda"):
+        return "cuda"
+    index, count = int(wanted.removeprefix("cuda:")), torch.cuda.device_count()
+    if index >= count:
+        what = f"runtime.device is {wanted}, but the GPUs are numbered 0 to {count - 1}"
+        raise EngineError("E2.41", what, "runtime.device", "choose one of them")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        what = f"runtime.device is {wanted}, but each of several ranks needs its own GPU"
+        raise EngineError("E2.42", what, "runtime.device", "use runtime.device=auto")
+    return wanted
+
+
+def choose_precision(wanted: str, device: str, emulate: bool) -> str:
+    """The recipe's precision made concrete: fp32, bf16 or fp16."""
+    import torch
+
+    has_bf16 = device != "cpu" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if wanted == "auto":
+        return "bf16" if has_bf16 else "fp32"
+    if wanted == "bf16" and device != "cpu" and not has_bf16:
+        raise EngineError("E2.43", "this GPU has no bf16", "precision", "use fp16 or fp32")
+    if wanted == "fp16" and device == "cpu" and not emulate:
+        what = "fp16 needs a GPU: on the CPU it would be slower than fp32 and no smaller"
+        raise EngineError("E2.44", what, "precision", "use fp32 or bf16")
+    return wanted
+
+
+def build_accelerator(device: str, timeout: int) -> Accelerator:
+    """Accelerate's part: processes, devices, gradient exchange. Raises: EngineError E2.45 for other kinds of launch."""
+    # Accelerate lets the environment override the constructor here; the loop does its own accumulation.
+    os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)
+    import torch
+    from accelerate import Accelerator, InitProcessGroupKwargs
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+    from accelerate.utils import DistributedType
+
+    if PartialState._shared_state and not torch.distributed.is_initialized():
+        # An earlier run of this process, perhaps on another device.
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+    if device.startswith("cuda:"):
+        torch.cuda.set_device(device)
+        os.environ["ACCELERATE_TORCH_DEVICE"] = device
+    try:
+        accelerator = Accelerator(
+            cpu=device == "cpu",
+            # The loop opens autocast and owns the scaler; Accelerate's wrapper would add fp32 copies of the logits.
+            mixed_precision="no",
+            gradient_accumulation_steps=1,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=timeout))],
+        )
+    finally:
+        if device.startswith("cuda:"):
+            del os.environ["ACCELERATE_TORCH_DEVICE"]
+    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+        what = f"launched for {accelerator.distributed_type.value}, which this engine does not run"
+        raise EngineError("E2.45", what, "accelerate launch", "launch plain data parallelism (--multi_gpu)")
+    return accelerator

@@ -1,0 +1,40 @@
+"""What the machine cannot serve is refused or told; `auto` becomes something concrete."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from engine.errors import EngineError
+from engine.runtime import device
+
+
+def test_a_missing_gpu_is_a_warning(monkeypatch, caplog):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with caplog.at_level(logging.WARNING, logger="engine"):
+        assert device.choose_device("cuda:1") == "cpu" and device.choose_device("auto") == "cpu"
+    assert sum("no usable CUDA" in record.message for record in caplog.records) == 1
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    assert device.choose_device("auto") == "cuda" and device.choose_device("cuda:0") == "cuda:0"
+    with pytest.raises(EngineError, match=r"error E2\.41"):
+        device.choose_device("cuda:1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(EngineError, match=r"error E2\.42"):
+        device.choose_device("cuda:0")
+
+
+def test_precision_is_resolved(monkeypatch):
+    import torch
+
+    assert device.choose_precision("auto", "cpu", False) == "fp32"
+    assert device.choose_precision("fp16", "cpu", True) == "fp16"
+    for has_bf16, resolved in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda has=has_bf16, **kw: has)
+        assert device.choose_precision("auto", "cuda", False) == resolved
+    with pytest.raises(EngineError, match=r"error E2\.43"):
+        device.choose_precision("bf16", "cuda", False)
