@@ -168,7 +168,7 @@ def _decided_by(
     options: argparse.Namespace, examples: list[Example], summarizer: Summarizer, predictor: Predictor
 ) -> str:
     """sha256 of everything that decides a decoded row: model files, prompt, settings, input."""
-    from engine.data.rows import fingerprint
+    from engine.data.rows import rows_fingerprint
     from engine.prediction.predictor import model_folder
 
     folder = model_folder(Path(options.model))
@@ -176,7 +176,7 @@ def _decided_by(
         (path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in folder.iterdir() if path.is_file()
     )
     prompt = predictor.bundle.prompt_record()
-    parts = (files, options.base, options.precision, prompt, summarizer.describe(), fingerprint(examples))
+    parts = (files, options.base, options.precision, prompt, summarizer.describe(), rows_fingerprint(examples))
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""Read my CSV: files to records (decompress, decode, parse). What the columns mean is `engine/data/rows.py`'s.
+"""Read a data file: decompress, decode, parse to records. What the columns mean is `engine/data/rows.py`'s.
 
 Structure that cannot be parsed is an error of the file. What can be pinned on one row (too few fields, a line that is no
 JSON, bytes that are not UTF-8) becomes that record's problem, so that all such rows are reported at once.
@@ -57,14 +57,14 @@ class Record:
 
 
 @dataclass(slots=True)
-class Table:
-    """All records of a file. `columns` is empty where the file has none to name."""
+class RawTable:
+    """All records of a file, not yet checked. `columns` is empty where the file has none to name."""
 
     columns: list[str]
     records: list[Record]
 
 
-def read_table(path: str | Path, *, encoding: str = "auto", columns: Iterable[str]) -> Table:
+def read_table(path: str | Path, *, encoding: str = "auto", columns: Iterable[str]) -> RawTable:
     """Read CSV, JSONL, a JSON array or parquet; the text formats also with `.gz`.
 
     Args:
@@ -204,7 +204,7 @@ def _undecodable(data: bytes, error: UnicodeDecodeError, path: Path) -> EngineEr
 # CSV
 
 
-def _csv(text: str, path: Path) -> Table:
+def _csv(text: str, path: Path) -> RawTable:
     former = csv.field_size_limit(2**31 - 1)  # the parser's own limit of 131,072 characters gives no row number
     try:
         return _parse_csv(text.replace("\x00", NUL), path)
@@ -212,7 +212,7 @@ def _csv(text: str, path: Path) -> Table:
         csv.field_size_limit(former)
 
 
-def _parse_csv(text: str, path: Path) -> Table:
+def _parse_csv(text: str, path: Path) -> RawTable:
     lines = (line[0] for line in _LINE.finditer(text))  # io.StringIO would hold a second copy, of four bytes a letter
     reader = csv.reader(lines, strict=True)
     columns: list[str] = []
@@ -222,7 +222,7 @@ def _parse_csv(text: str, path: Path) -> Table:
         try:
             fields = next(reader)
         except StopIteration:
-            return Table(columns, records)
+            return RawTable(columns, records)
         except csv.Error as error:
             raise EngineError(
                 "E3.3",
@@ -246,7 +246,7 @@ def _parse_csv(text: str, path: Path) -> Table:
 # JSON
 
 
-def _json_lines(text: str, path: Path, kind: str) -> Table:
+def _json_lines(text: str, path: Path, kind: str) -> RawTable:
     records: list[Record] = []
     for number, line in enumerate(_lines(text), start=1):
         if not line.strip():
@@ -266,7 +266,7 @@ def _json_lines(text: str, path: Path, kind: str) -> Table:
             _shown_path(path),
             'write [{"dialogue": ...}, ...] or one object per line',
         )
-    return Table(_keys(records), records)
+    return RawTable(_keys(records), records)
 
 
 def _lines(text: str) -> Iterator[str]:
@@ -279,7 +279,7 @@ def _lines(text: str) -> Iterator[str]:
         start = end + 1
 
 
-def _json_array(text: str, path: Path) -> Table:
+def _json_array(text: str, path: Path) -> RawTable:
     try:
         values = json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
@@ -289,7 +289,7 @@ def _json_array(text: str, path: Path) -> Table:
     records = [Record(row, None, {}) for row in range(1, len(values) + 1)]
     for record, value in zip(records, values, strict=True):
         _fill(record, value)
-    return Table(_keys(records), records)
+    return RawTable(_keys(records), records)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -319,7 +319,7 @@ def _keys(records: list[Record]) -> list[str]:
 # Parquet
 
 
-def _parquet(path: Path, columns: Iterable[str]) -> Table:
+def _parquet(path: Path, columns: Iterable[str]) -> RawTable:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -339,7 +339,7 @@ def _parquet(path: Path, columns: Iterable[str]) -> Table:
         raise EngineError(
             "E3.3", f"not readable as parquet: {error}", _shown_path(path), "write the file again"
         ) from error
-    return Table(names, [Record(row, None, values) for row, values in enumerate(rows, start=1)])
+    return RawTable(names, [Record(row, None, values) for row, values in enumerate(rows, start=1)])
 
 
 def _parquet_rows(file: Any, wanted: list[str], path: Path) -> list[dict[str, Any]]:

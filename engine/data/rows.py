@@ -1,4 +1,4 @@
-"""Records to examples: which columns are read, and what makes a row unusable. All bad rows are reported at once."""
+"""Read the rows of a data file: columns to examples, and what makes a row unusable. All bad rows are reported at once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.data.files import NUL, Record, Table, read_table
+from engine.data.files import NUL, RawTable, Record, read_table
 from engine.data.prompts import normalise
 from engine.errors import EngineError
 
@@ -108,7 +108,7 @@ def _key_of_file(error: EngineError, path: str | Path, settings: Data) -> str:
     return f"; paths are relative to the current folder ({Path.cwd()}); set data.{keys[0]}=..."
 
 
-def _check_columns(table: Table, required: Sequence[str], file: str) -> None:
+def _check_columns(table: RawTable, required: Sequence[str], file: str) -> None:
     for name in required:
         count = table.columns.count(name)
         if count == 1 or (not table.columns and all(record.problem for record in table.records)):
@@ -274,7 +274,7 @@ def _dialogue_key(example: Example) -> str:
     return " ".join(example.dialogue.split())
 
 
-def fingerprint(examples: Iterable[Example]) -> str:
+def rows_fingerprint(examples: Iterable[Example]) -> str:
     """sha256 of ids, texts and topics in order; names of files and positions in them do not count."""
     digest = hashlib.sha256()
     for example in examples:

@@ -387,7 +387,7 @@ def _merges(scored: Sequence[tuple[str, float]], ids: dict[str, int]) -> list[tu
     return [pair for _, pair in sorted(merges, key=lambda entry: entry[0])]
 
 
-def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
     """sha256 of everything that decides token ids: vocabulary, merges, added tokens, normalisation, chat template."""
     parts = json.loads(tokenizer.backend_tokenizer.to_str())
     parts |= {"truncation": None, "padding": None, "chat_template": tokenizer.chat_template}  # set per call, not fixed

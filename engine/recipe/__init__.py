@@ -1,1 +1,9 @@
-"""Recipes: typed sections with a description for each key, YAML with `base:`, overrides, origins, rules between keys."""
+"""Recipes: what a run is told to do, in YAML.
+
+schema       every key with its type, default and description
+load         read files and overrides, merge the layers, report everything that is wrong at once
+rules        combinations of keys that would fail late, or do something else than asked
+yaml_subset  the part of YAML that recipes are written in, read and written
+synonyms     names that other trainers give to our keys
+dump         a resolved recipe as YAML, on request with the origin of each value
+"""

@@ -1,1 +1,7 @@
-"""Scores on strings: Korean-aware ROUGE, how summaries end, baselines, bootstrap intervals. Pure: no files, no recipe."""
+"""Scores of strings, with no files and no recipe.
+
+rouge      Korean-aware ROUGE; its three tokenizers say where words are cut: at morphemes, characters or white space
+endings    how summaries end, their scripts and lengths
+baselines  what a score is held against: the first turns, and facts that must stand in a summary
+intervals  bootstrap intervals, paired differences, and the gain of picking the best of many
+"""

@@ -1,9 +1,8 @@
-"""Korean-aware ROUGE.
+"""Korean-aware ROUGE, and where it cuts words.
 
-Pure: no files, no recipe, no framework. ROUGE comes from the `korouge-score` package (the reference implementation's
-n-gram and sentence-level LCS scores, with a tokenizer of our choice). Its default tokenizer keeps only a-z and 0-9, so
-Hangul would score zero and shared speaker tags one; therefore every score here carries the name and version of the
-tokenizer that made it:
+ROUGE comes from the `korouge-score` package (the reference implementation's n-gram and sentence-level LCS scores, with
+a tokenizer of our choice). Its default tokenizer keeps only a-z and 0-9, so Hangul would score zero and shared speaker
+tags one. Korean has no one way to cut words, so every score carries the name and version of the tokenizer that made it:
 
 - `mecab`: surface morphemes of python-mecab-ko on the raw text. This is what the Korean dialogue-summarisation
   competition counted, so placeholders get no special treatment: `#Person1#는` is the five tokens `# Person 1 # 는`.

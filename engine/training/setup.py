@@ -179,11 +179,11 @@ def _sampler(recipe: Recipe, runtime: Runtime, features: list[Feature]) -> Windo
 def _store(
     recipe: Recipe, runtime: Runtime, run_dir: Path, bundle: ModelBundle, splits: Splits, allow_change: Sequence[str]
 ) -> CheckpointStore:
-    facts = {"train": rows.fingerprint(splits.train), "dev": rows.fingerprint(splits.dev)}
+    facts = {"train": rows.rows_fingerprint(splits.train), "dev": rows.rows_fingerprint(splits.dev)}
     identity = identity_of(
         recipe,
         data=facts,
-        tokenizer=tokenization.fingerprint(bundle.tokenizer),
+        tokenizer=tokenization.tokenizer_fingerprint(bundle.tokenizer),
         base=bundle.base.to_dict(),
         world_size=runtime.world_size,
     )

@@ -17,7 +17,7 @@ import pandas
 import pytest
 
 from engine.data import files
-from engine.data.rows import Example, check_splits, fingerprint, read_examples
+from engine.data.rows import Example, check_splits, read_examples, rows_fingerprint
 from engine.errors import EngineError
 from engine.recipe.schema import Data
 
@@ -468,14 +468,14 @@ def test_a_missing_file_names_its_key(tmp_path, monkeypatch, key):
 def test_fingerprint_is_of_the_contents(tmp_path):
     first = read(write(tmp_path, "a.csv", as_csv()))
     same = read(write(tmp_path, "b.jsonl", as_jsonl()))
-    assert fingerprint(first) == fingerprint(same) and len(fingerprint([])) == 64
+    assert rows_fingerprint(first) == rows_fingerprint(same) and len(rows_fingerprint([])) == 64
     others = [
         first[1:],
         first[::-1],
         [Example("x", *_rest(first[0])), *first[1:]],
         read(tmp_path / "a.csv", topic_column="topic"),
     ]
-    assert len({fingerprint(rows) for rows in [first, *others]}) == 5
+    assert len({rows_fingerprint(rows) for rows in [first, *others]}) == 5
 
 
 def _rest(example: Example) -> tuple:

@@ -84,7 +84,7 @@ def test_random_models_train_their_own_tokenizer(tmp_path, family, kind):
     }
     first, second = (build(model={"init": "random", "config": dict(values)}, **sections) for _ in range(2))
     assert torch.equal(logits(first.model, family), logits(second.model, family))
-    assert tokenization.fingerprint(first.tokenizer) == tokenization.fingerprint(second.tokenizer)
+    assert tokenization.tokenizer_fingerprint(first.tokenizer) == tokenization.tokenizer_fingerprint(second.tokenizer)
     tokenizer, config = first.tokenizer, first.model.config
     assert config.vocab_size == len(tokenizer) <= 420
     assert (config.pad_token_id, config.eos_token_id) == (tokenizer.pad_token_id, tokenizer.eos_token_id)
