@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from typing import Any
 
 from engine.errors import REDACTED, redact
@@ -15,32 +14,21 @@ SECRET_KEYS = {"token", "auth_token", "access_token", "use_auth_token", "hf_toke
 
 def dump(recipe: Recipe) -> str:
     """The resolved recipe as YAML that stands alone: no `base:`, every key, no secrets."""
-    return _render(recipe, origins=False)
+    return "# Resolved recipe.\n" + yaml_subset.write(without_secrets(recipe.model_dump()))
 
 
 def print_recipe(recipe: Recipe) -> str:
     """As `dump`, with the origin of each value beside it: what --print-recipe prints."""
-    return _render(recipe, origins=True)
-
-
-def _render(recipe: Recipe, origins: bool) -> str:
-    """YAML lines, section by section, with origins as comments in one column where the lines are short enough."""
-    rows: list[tuple[str, str]] = []
-    for section, values in recipe.model_dump().items():
-        rows.append((f"{section}:", ""))
-        for key, value in values.items():
-            rows += _rows(recipe, (section, key), value)
-    width = max(_columns(text) for text, _ in rows if _columns(text) <= 60)
-    lines = [
-        f"{text}{' ' * (width - _columns(text))}  # {where}" if origins and where else text for text, where in rows
-    ]
-    head = "# Resolved recipe; beside each value where it comes from.\n" if origins else "# Resolved recipe.\n"
-    return head + "\n".join(lines) + "\n"
-
-
-def _columns(text: str) -> int:
-    """Width on a terminal, where Hangul takes two columns."""
-    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
+    text = yaml_subset.write(without_secrets(recipe.model_dump()))
+    lines = text.splitlines()
+    # The comments stand in one column beside the lines that allow it: short ones, without Hangul of double width.
+    column = max(len(line) for line in lines if len(line) <= 60 and line.isascii())
+    keys = {number: path for path, number in reversed(yaml_subset.parse(text).lines.items())}  # a line's outermost key
+    for number, path in keys.items():
+        line = lines[number - 1]
+        if len(path) > 1:
+            lines[number - 1] = f"{line:<{column if line.isascii() else 0}}  # {recipe.origin('.'.join(path))}"
+    return "# Resolved recipe; beside each value where it comes from.\n" + "\n".join(lines) + "\n"
 
 
 def without_secrets(value: Any, key: str = "") -> Any:
@@ -52,16 +40,3 @@ def without_secrets(value: Any, key: str = "") -> Any:
     if not isinstance(value, str):
         return value
     return REDACTED if key.lower() in SECRET_KEYS else redact(value)
-
-
-def _rows(recipe: Recipe, path: tuple[str, ...], value: Any) -> list[tuple[str, str]]:
-    indent = "  " * (len(path) - 1) + yaml_subset.scalar(path[-1]) + ":"
-    where = recipe.origin(".".join(path))
-    value = without_secrets(value, path[-1])
-    if isinstance(value, dict) and value:
-        return [(indent, where), *(row for key in value for row in _rows(recipe, (*path, key), value[key]))]
-    line = f"{indent} {yaml_subset.flow(value)}"
-    if isinstance(value, list) and len(line) > 100:
-        spaces = "  " * len(path)
-        return [(indent, where), *((f"{spaces}- {yaml_subset.flow(item)}", "") for item in value)]
-    return [(line, where)]

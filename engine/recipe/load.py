@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+import yaml
 from pydantic import ValidationError
 
 from engine.errors import EngineError
@@ -411,7 +412,7 @@ def _nearest_value(section: str, key: str, value: Any) -> str:
     """A hint for a misspelt choice, quoted number or unquoted text."""
     annotation = field_of(section, key).annotation
     if isinstance(value, str) and admits(annotation, list) and not admits(annotation, str):
-        return f"; write a list: [{yaml_subset.scalar(value)}]" if "," not in value else "; write a list: [...]"
+        return f"; write a list: {yaml_subset.flow([value])}" if "," not in value else "; write a list: [...]"
     choices = {str(part).lower(): part for part in _choices(annotation)}
     if isinstance(value, str):
         if close := difflib.get_close_matches(value.lower(), choices, n=1):
@@ -432,7 +433,7 @@ def _shown(value: Any) -> str:
     """A value as the user wrote it, cut to a readable length."""
     try:
         return _cut(repr(value) if isinstance(value, str) else yaml_subset.flow(value))
-    except (TypeError, ValueError):
+    except yaml.YAMLError:  # an object from Python
         return type(value).__name__
 
 

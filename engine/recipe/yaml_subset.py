@@ -25,8 +25,6 @@ for _word, _value in (("null", None), ("true", True), ("false", False)):
 for _word in (".inf", ".Inf", ".INF"):
     _WORDS |= {_word: math.inf, "+" + _word: math.inf, "-" + _word: -math.inf}
 _WORDS |= dict.fromkeys((".nan", ".NaN", ".NAN"), math.nan)
-_PLAIN = re.compile(r"[A-Za-z0-9_./가-힣][A-Za-z0-9_./+@() 가-힣-]*\Z")
-_RESOLVER, _TEXT = yaml.resolver.Resolver(), "tag:yaml.org,2002:str"
 
 Path = tuple[str, ...]
 
@@ -142,29 +140,37 @@ def _mapping(events: Any, document: Document, path: Path) -> dict[str, Any]:
     return values
 
 
-def scalar(value: Any) -> str:
-    """One value as YAML that `parse` reads back as the same value, and so do readers of YAML 1.1 (`no`, `1e-5`)."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, (int, float)):
-        text = repr(value)
-        return text.replace("e", ".0e") if "e" in text and "." not in text else text
-    plain = _PLAIN.match(value) and value == value.strip() and plain_scalar(value) == value
-    return value if plain and _RESOLVER.resolve(yaml.ScalarNode, value, (True, False)) == _TEXT else _quoted(value)
+class _Writer(yaml.SafeDumper):
+    """Plain values only. Text that either `parse` or a reader of YAML 1.1 would take for something else is quoted."""
+
+    yaml_representers = {
+        kind: yaml.SafeDumper.yaml_representers[kind] for kind in (type(None), bool, int, float, str, list, dict)
+    }
+
+    def ignore_aliases(self, data: object) -> bool:
+        return True
+
+    def represent_str(self, text: str) -> yaml.Node:
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
+
+    def represent_list(self, items: list[Any]) -> yaml.Node:
+        return self.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=len(str(items)) <= 80)
 
 
-def _quoted(text: str) -> str:
-    """A double-quoted scalar; whatever a terminal or a YAML reader could misread is escaped."""
-    short = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\t": "\\t"}
-    return '"' + "".join(short.get(c) or (c if c.isprintable() else f"\\U{ord(c):08X}") for c in text) + '"'
+_Writer.add_representer(str, _Writer.represent_str)
+_Writer.add_representer(list, _Writer.represent_list)
+_Writer.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))  # `1e5` is text in YAML 1.1
+
+
+def write(value: dict[Any, Any], *, flow_style: bool = False) -> str:
+    """YAML that `parse` reads back as the same value. Raises: yaml.YAMLError for objects."""
+    text = yaml.dump(
+        value, Dumper=_Writer, default_flow_style=flow_style, allow_unicode=True, sort_keys=False, width=math.inf
+    )
+    # What does not print stands in double quotes, and could turn a line of the terminal around.
+    return "".join(c if c.isprintable() or c == "\n" else f"\\U{ord(c):08X}" for c in text)
 
 
 def flow(value: Any) -> str:
-    """A value on one line."""
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(flow(item) for item in value) + "]"
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{scalar(key)}: {flow(item)}" for key, item in value.items()) + "}"
-    return scalar(value)
+    """A value on one line, as it stands inside brackets."""
+    return write({0: value}, flow_style=True)[len("{0: ") : -len("}\n")]

@@ -8,11 +8,12 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from engine import load_recipe
 from engine.errors import EngineError
 from engine.recipe.dump import dump
-from engine.recipe.yaml_subset import parse
+from engine.recipe.yaml_subset import flow, parse, write
 
 HEAD = "model:\n  name_or_path: m\ndata:\n  train_file: t.csv\n  validation_file: d.csv\n"
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "4"))  # of each of the two campaigns
@@ -195,3 +196,54 @@ def test_parse_keeps_lines_and_collects_problems() -> None:
     assert document.value == {"a": {"b": 1}, "c": None, "d": 1}
     assert document.lines == {("a",): 1, ("a", "b"): 2, ("c",): 4, ("d",): 5}
     assert [line for line, _ in document.problems] == [3, 4, 5]
+
+
+LETTERS = [*"abeEnoy019.,:;-+_#&*!|>'\"%@`~=<?{}[]()/\\ \n\t\r\x85\u2028\ufeff\u202e\x1b한😀"]
+WORDS = [
+    "1e5",
+    "1e-5",
+    "-.5e3",
+    "010",
+    "0x1f",
+    "1_0",
+    "12:30",
+    "null",
+    "~",
+    "yes",
+    "no",
+    "True",
+    ".inf",
+    "=",
+    "<<",
+    "---",
+]
+
+
+def value(rng: random.Random, depth: int = 0) -> object:
+    """A random value that a recipe may hold."""
+    text = rng.choice(WORDS) if rng.random() < 0.3 else "".join(rng.choices(LETTERS, k=rng.choice([0, 1, 2, 5, 200])))
+    kind = rng.randrange(10)
+    if kind < 2 and depth < 4:
+        return {str(value(rng, 9)): value(rng, depth + 1) for _ in range(rng.randint(0, 4))}
+    if kind < 4 and depth < 4:
+        return [value(rng, depth + 1) for _ in range(rng.randint(0, 6))]
+    return rng.choice(
+        [None, True, False, rng.randint(-(10**6), 10**6), rng.uniform(-1, 1) * 10 ** rng.randint(-30, 30), text]
+    )
+
+
+def test_what_is_written_is_read_back_by_us_and_by_yaml_1_1() -> None:
+    rng = random.Random(22)
+    for _ in range(150):
+        wanted = {"key": value(rng), "text": value(rng, 9), "more": {str(value(rng, 9)): value(rng)}}
+        for text in (write(wanted), f"{{key: {flow(wanted['key'])}}}\n", f"key: {flow([wanted])[1:-1]}\n"):
+            document = parse(text)
+            assert not document.problems and all(c.isprintable() or c == "\n" for c in text)
+            assert document.value == yaml.safe_load(text)
+        assert parse(write(wanted)).value == wanted and parse(flow(wanted)).value == wanted
+        assert "\n" not in flow(wanted)
+
+
+def test_a_value_used_twice_is_written_twice() -> None:
+    twice = ["x"]
+    assert write({"a": twice, "b": twice}) == "a: [x]\nb: [x]\n"
