@@ -334,15 +334,8 @@ def encode_all(encoder: TextEncoder, examples: Sequence[Example], *, augment: bo
     """Training features of all examples, in order; with `augment` five of each, one per instruction.
 
     Raises:
-        EngineError: E2.73 where the prompt has no instruction to vary, and as `training_feature`.
+        EngineError: as `training_feature`.
     """
-    if augment and encoder.settings.style == "plain":
-        raise EngineError(
-            "E2.73",
-            "plain prompts have no instruction to vary",
-            "data.instruction_augmentation",
-            "set prompt.style to instruction or chat",
-        )
     instructions = instruction_variants(encoder.settings) if augment else (None,)
     rows = [(example, index, wording) for index, example in enumerate(examples) for wording in instructions]
     parts = (rows[start : start + _ROWS_PER_CALL] for start in range(0, len(rows), _ROWS_PER_CALL))

@@ -38,12 +38,7 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 def enabled(recipe: Recipe) -> bool:
     """Whether the recipe trains adapters: `lora.enabled`, or where that is open, with a 4-bit base."""
-    wanted = recipe.lora.enabled
-    if wanted is False and recipe.quantization.load_in_4bit:
-        what = "a 4-bit base cannot be trained itself"
-        advice = "set lora.enabled=true or quantization.load_in_4bit=false"
-        raise EngineError("E2.56", what, "lora.enabled=false with quantization.load_in_4bit=true", advice)
-    return recipe.quantization.load_in_4bit if wanted is None else wanted
+    return recipe.quantization.load_in_4bit if recipe.lora.enabled is None else recipe.lora.enabled
 
 
 def compute_dtype(wanted: str, precision: str, device: torch.device) -> torch.dtype:

@@ -66,9 +66,6 @@ def _training_texts(recipe: Recipe) -> Iterator[str]:
     from engine.data.rows import read_examples
 
     settings = recipe.data
-    if settings.train_file is None:
-        what = "no tokenizer is given and there is no training file to train one on"
-        raise EngineError("E2.51", what, "tokenizer.name_or_path", "set data.train_file or tokenizer.name_or_path")
     for example in read_examples(settings.train_file, settings, require_summary=True):
         yield from (example.dialogue, example.references[0])
 

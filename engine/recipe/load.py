@@ -13,35 +13,32 @@ import types
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
 
 from engine.errors import EngineError
 from engine.recipe import yaml_subset
-from engine.recipe.dump import dump, print_recipe
 from engine.recipe.rules import findings
-from engine.recipe.schema import LARGEST, SECTIONS, Recipe, admits, field_of
+from engine.recipe.schema import LARGEST, SECTIONS, Recipe, Section, admits, field_of
 from engine.recipe.synonyms import suggest, suggest_section
-
-__all__ = ["dump", "expected", "load_recipe", "print_recipe", "with_overrides"]
 
 MAX_BYTES = 1 << 20
 MAX_BASES = 16
 SHOWN_PROBLEMS = 50
 DEBUG_RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "base" / "debug.yaml"
 COMMAND_LINE = "command line"
-NOTHING_STARTED = "nothing was started"
-Overrides = Iterable[str] | Mapping[str, Any]
+Overrides = Iterable[str] | Mapping[str, object]
 Key = tuple[str, ...]
+Origins = dict[str, tuple[int, str]]  # section.key, or deeper -> (number of the layer, place in it)
 
 
 @dataclass
 class Layer:
     """Values of one source: {section: {key: value}} as written, with the origin of each key path."""
 
-    values: dict[str, Any] = field(default_factory=dict)
+    values: dict[str, object] = field(default_factory=dict)
     origins: dict[Key, str] = field(default_factory=dict)
 
     def origin(self, path: Key) -> str:
@@ -169,7 +166,7 @@ def _file_layers(path: Path, problems: list[str], chain: tuple[Path, ...], named
     return [*layers, Layer(values, origins)]
 
 
-def _base_names(base: Any, where: str, problems: list[str]) -> list[str]:
+def _base_names(base: object, where: str, problems: list[str]) -> list[str]:
     if base is None:
         return []
     names = base if isinstance(base, list) else [base]
@@ -200,7 +197,7 @@ def _override_layer(overrides: Overrides, problems: list[str]) -> Layer:
     return layer
 
 
-def _from_strings(items: Iterable[str], problems: list[str]) -> Iterator[tuple[Key, Any]]:
+def _from_strings(items: Iterable[str], problems: list[str]) -> Iterator[tuple[Key, object]]:
     for item in items:
         name, equals, text = str(item).partition("=")
         path = tuple(name.strip().split("."))
@@ -214,7 +211,7 @@ def _from_strings(items: Iterable[str], problems: list[str]) -> Iterator[tuple[K
             yield from _from_string(path, text, problems)
 
 
-def _from_string(path: Key, text: str, problems: list[str]) -> Iterator[tuple[Key, Any]]:
+def _from_string(path: Key, text: str, problems: list[str]) -> Iterator[tuple[Key, object]]:
     """Lists, dictionaries and quoted text are YAML; anything else is one scalar, colons and hashes included."""
     if text.lstrip()[:1] not in tuple("[{\"'"):
         value = yaml_subset.plain_scalar(text.strip())
@@ -227,7 +224,7 @@ def _from_string(path: Key, text: str, problems: list[str]) -> Iterator[tuple[Ke
         yield path, document.value
 
 
-def _from_mapping(items: Mapping[str, Any], problems: list[str]) -> Iterator[tuple[Key, Any]]:
+def _from_mapping(items: Mapping[str, object], problems: list[str]) -> Iterator[tuple[Key, object]]:
     for name, value in items.items():
         path = tuple(str(name).split("."))
         if len(path) == 1 and isinstance(value, Mapping):
@@ -238,7 +235,7 @@ def _from_mapping(items: Mapping[str, Any], problems: list[str]) -> Iterator[tup
             yield path, _native(value)
 
 
-def _native(value: Any) -> Any:
+def _native(value: object) -> object:
     """Values from Python as YAML would give them: paths as text, tuples as lists."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
@@ -247,7 +244,7 @@ def _native(value: Any) -> Any:
     return [_native(item) for item in value] if isinstance(value, (list, tuple, set)) else value
 
 
-def _put(values: dict[str, Any], path: Key, value: Any) -> None:
+def _put(values: dict[str, object], path: Key, value: object) -> None:
     """Set a nested value; what is no dictionary on the way becomes one, and fails the type check if it may not."""
     for part in path[:-1]:
         inner = values.get(part)
@@ -263,15 +260,15 @@ class _Merged:
     """Values of all layers laid over one another, and for each the layer that it comes from."""
 
     def __init__(self) -> None:
-        self.values: dict[str, dict[str, Any]] = {section: {} for section in SECTIONS}
-        self.origins: dict[str, tuple[int, str]] = {}  # section.key, or deeper -> (number of the layer, place in it)
+        self.values: dict[str, dict[str, object]] = {section: {} for section in SECTIONS}
+        self.origins: Origins = {}
 
     def lay(self, layer: Layer, rank: int, problems: list[str]) -> None:
         for section, key, value in _known(layer, problems):
             old = self.values[section].get(key)
             self.values[section][key] = self._over(old, value, (section, key), layer, rank)
 
-    def _over(self, old: Any, new: Any, path: Key, layer: Layer, rank: int) -> Any:
+    def _over(self, old: object, new: object, path: Key, layer: Layer, rank: int) -> object:
         """`new` over `old`: dictionaries key by key, everything else replaced, and with it what stood below."""
         if not (isinstance(old, dict) and isinstance(new, dict)):
             name = ".".join(path)
@@ -318,7 +315,7 @@ def _blame(recipe: Recipe, keys: list[str], layers: list[Layer]) -> str:
     return files[-1] if files else "recipe"
 
 
-def _known(layer: Layer, problems: list[str]) -> Iterator[tuple[str, str, Any]]:
+def _known(layer: Layer, problems: list[str]) -> Iterator[tuple[str, str, object]]:
     """The (section, key, value) triples of a layer that the schema knows; the rest becomes problems."""
     for section, values in layer.values.items():
         where = layer.origin((section,))
@@ -334,8 +331,8 @@ def _known(layer: Layer, problems: list[str]) -> Iterator[tuple[str, str, Any]]:
 
 
 def _known_keys(
-    layer: Layer, section: str, values: dict[str, Any], problems: list[str]
-) -> Iterator[tuple[str, str, Any]]:
+    layer: Layer, section: str, values: dict[str, object], problems: list[str]
+) -> Iterator[tuple[str, str, object]]:
     for key, value in values.items():
         where = layer.origin((section, key))
         if key not in SECTIONS[section].model_fields:
@@ -346,7 +343,7 @@ def _known_keys(
             yield section, key, value
 
 
-def _unfit(value: Any) -> str | None:
+def _unfit(value: object) -> str | None:
     """What no key may hold: infinities, NUL, half characters, objects from Python."""
     if isinstance(value, (list, dict)):
         items = [*value, *value.values()] if isinstance(value, dict) else value
@@ -359,7 +356,9 @@ def _unfit(value: Any) -> str | None:
     return None if value is None or isinstance(value, (bool, int)) else f"cannot hold a {type(value).__name__}"
 
 
-def _section(name: str, values: dict[str, Any], origins: dict, problems: list[str], mistyped: set[str]) -> Any:
+def _section(
+    name: str, values: dict[str, object], origins: Origins, problems: list[str], mistyped: set[str]
+) -> Section:
     """The typed section. Keys with wrong values are reported and stand at their defaults for the other checks."""
     try:
         return SECTIONS[name](**values)
@@ -384,7 +383,7 @@ def expected(section: str, key: str) -> str:
     return str(words or _words(declared.annotation, declared.metadata))
 
 
-def _words(annotation: Any, metadata: Iterable[Any] = ()) -> str:
+def _words(annotation: object, metadata: Iterable[object] = ()) -> str:
     origin, parts = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         inner = [item for extra in parts[1:] for item in getattr(extra, "metadata", [extra])]
@@ -401,14 +400,14 @@ def _words(annotation: Any, metadata: Iterable[Any] = ()) -> str:
     return names.get(annotation, "a mapping" if origin is dict else "a value")
 
 
-def _bounds(metadata: Iterable[Any]) -> str:
+def _bounds(metadata: Iterable[object]) -> str:
     phrases = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
     limits = [(words, getattr(item, name, None)) for item in metadata for name, words in phrases.items()]
     found = [f"{words} {limit}" for words, limit in limits if limit not in (None, LARGEST)]
     return " " + " and ".join(found) if found else ""
 
 
-def _nearest_value(section: str, key: str, value: Any) -> str:
+def _nearest_value(section: str, key: str, value: object) -> str:
     """A hint for a misspelt choice, quoted number or unquoted text."""
     annotation = field_of(section, key).annotation
     if isinstance(value, str) and admits(annotation, list) and not admits(annotation, str):
@@ -423,13 +422,13 @@ def _nearest_value(section: str, key: str, value: Any) -> str:
     return "; put it in quotes" if numeric else ""
 
 
-def _choices(annotation: Any) -> list[Any]:
+def _choices(annotation: object) -> list[object]:
     if get_origin(annotation) is Literal:
         return list(get_args(annotation))
     return [choice for part in get_args(annotation) for choice in _choices(part)]
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     """A value as the user wrote it, cut to a readable length."""
     try:
         return _cut(repr(value) if isinstance(value, str) else yaml_subset.flow(value))

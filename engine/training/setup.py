@@ -51,8 +51,6 @@ class Splits:
 def read_splits(recipe: Recipe, runtime: Runtime) -> Splits:
     """Read and check every file of the recipe. Raises: EngineError E3 naming file and row."""
     settings = recipe.data
-    if settings.train_file is None:
-        raise EngineError("E2.21", "there is nothing to train on", "data.train_file", "set data.train_file")
 
     def read(file: str, limit: int | None, *, require_summary: bool = True) -> list[Example]:
         return rows.read_examples(file, settings, require_summary=require_summary, limit=limit)

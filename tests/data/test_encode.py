@@ -294,11 +294,6 @@ def test_augmentation_gives_each_row_five_instructions(style):
     assert len({tuple(supervised(feature)) for feature in features}) == 1
 
 
-def test_augmentation_needs_an_instruction():
-    with pytest.raises(EngineError, match="E2.73.*prompt.style"):
-        encode_all(encoder("llama"), [example()], augment=True)
-
-
 def test_length_report():
     made = encoder("bart", source=20, target=128)
     report = length_report(encode_all(made, [example(text) for text in tiny.TEXTS]), made)

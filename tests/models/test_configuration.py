@@ -18,8 +18,6 @@ def test_settings_that_do_not_go_together(tmp_path):
     refused("E2.48", folder, model={"family": "causal"})
     refused("E2.58")
     refused("E2.49", folder, model={"init": "random"}, quantization={"load_in_4bit": True})
-    refused("E2.56", folder, quantization={"load_in_4bit": True}, lora={"enabled": False})
     refused("E2.50", folder, tokenizer={"train_vocab_size": 400})
-    refused("E2.51", model={"init": "random", "config": {"model_type": "bart"}})
     refused("E4.9", model={"init": "random", "config": {"model_type": "no_such_type"}})
     refused("E2.54", folder, model={"trust_remote_code": True, "revision": "main"})

@@ -35,11 +35,6 @@ def test_dry_run_needs_no_weights(tmp_path, family):
         runs.train(recipe)
 
 
-def test_a_run_needs_something_to_train_on():
-    with pytest.raises(EngineError, match=r"E2\.21"):
-        setup.read_splits(Recipe(), ALONE)
-
-
 def test_only_the_files_that_the_run_uses_are_read(tmp_path):
     data = {"train_file": str(tiny.write_rows(tmp_path / "train.jsonl", 5)), "validation_file": "nowhere.csv"}
     splits = setup.read_splits(Recipe(data=data, evaluation={"strategy": "no"}), ALONE)
