@@ -244,12 +244,18 @@ class TextEncoder:
         return prompts
 
     def _shorten(self, row: _Row, ids: list[int], budget: int) -> tuple[list[int], str]:
-        """Ids of at most `budget` tokens, and the part of the dialogue that they hold."""
+        """Ids of at most `budget` tokens, and the part of the dialogue that they hold.
+
+        Cutting the ids would cut the template: the model would read half an instruction, or no cue to answer. So text is
+        taken out of the dialogue and the prompt is rendered anew. How many tokens that saves is known only afterwards
+        (tokens join across line ends), hence the search by bisection with the tokenizer as the measure. The oldest turns
+        go first: a conversation's outcome is at its end.
+        """
         template = len(self._encode([self._render(row, "")])[0])
         if template >= budget:
             raise self._no_room(row, template)
         if self.family == "seq2seq" and self.settings.style == "plain":
-            return ids[:budget], row.dialogue
+            return ids[:budget], row.dialogue  # no template to protect; transformers' own truncation, to the token
         turns = split_turns(row.dialogue)
 
         def fits(dialogue: str) -> bool:

@@ -25,7 +25,7 @@ log = logging.getLogger("engine.data")
 MAX_DIALOGUE, MAX_SUMMARY, MAX_LABEL = 200_000, 20_000, 1_000
 _SHOWN_ROWS = 20
 _SHOWN_PAIRS = 3
-_MISSING_WORDS = {"nan", "null", "none", "n/a", "<na>"}  # what other tools write for a missing cell
+_MISSING_WORDS = {"nan", "null", "none", "n/a", "<na>"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +196,7 @@ def _example(record: Record, columns: _Columns, file: str) -> Example:
 
 
 def _is_missing(value: Any) -> bool:
-    """None, NaN, nothing visible, or the word that stands for a missing cell."""
+    """None, NaN, nothing visible, or a word that other tools write for a missing cell."""
     if isinstance(value, str):
         return _is_blank(value) or value.strip().lower() in _MISSING_WORDS
     return value is None or value != value

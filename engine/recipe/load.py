@@ -1,7 +1,12 @@
 """Read recipes: YAML with `base:`, overrides, the origin of every value, all errors at once.
 
-Layers, later ones win: defaults, base files in order, the recipe, `--debug`, the command line. Sections merge key by
-key, dictionaries (`model.config`) merge too, lists are replaced.
+Layers, later ones win: defaults, base files in order, the recipe, `--debug`, the command line. The order goes from what
+is shared to what was said last: a recipe refines its bases, `--debug` makes any recipe small without an edit, and what a
+person types now is meant now. Sections merge key by key, dictionaries (`model.config`) merge too, lists are replaced: a
+list that grew could never lose an item.
+
+Each value keeps its origin (file and line), because an error, or a surprising value, is of use only with the place where
+it can be corrected, and that is often a base file that the reader has not opened.
 """
 
 from __future__ import annotations
@@ -88,7 +93,7 @@ def with_overrides(recipe: Recipe, overrides: Overrides, open_to: tuple[str, ...
 
 
 def _closed(layer: Layer, open_to: tuple[str, ...]) -> Iterator[str]:
-    """What a layer of overrides names that may not be changed. Unknown names are told elsewhere."""
+    """What a layer of overrides names that may not be changed. Unknown names are reported when the layers are merged."""
     for section, keys in layer.values.items():
         if section in open_to or section not in SECTIONS:
             continue
@@ -307,7 +312,7 @@ def _broken_rules(recipe: Recipe, mistyped: set[str], layers: list[Layer], chang
 
 
 def _blame(recipe: Recipe, keys: list[str], layers: list[Layer]) -> str:
-    """Where a broken rule is best mended: at the latest of its keys. A missing value blames the recipe as a whole."""
+    """Where a broken rule is best corrected: at the key that was set last. A missing value is the whole recipe's fault."""
     latest = max(keys, key=recipe.layer)
     if recipe.layer(latest):
         return recipe.origin(latest)

@@ -38,7 +38,7 @@ def is_seq2seq(recipe: Recipe) -> bool:
 
 
 def set_later(recipe: Recipe, key: str, than: str) -> bool:
-    """Whether `key` was set above the layer that decided `than`, or on the command line: a value asked for in vain.
+    """Whether `key` was set above the layer that decided `than`, or on the command line: asked for, but without effect.
 
     Within one file it may be a leftover, as in every resolved recipe, which names all keys.
     """

@@ -97,7 +97,7 @@ NOT_NEEDED = {
 
 @cache
 def _owners() -> dict[str, list[str]]:
-    """Bare key -> the full keys that bear it."""
+    """Bare key -> the full keys of that name."""
     owners: dict[str, list[str]] = {}
     for section, model in SECTIONS.items():
         for key in model.model_fields:

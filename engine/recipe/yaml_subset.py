@@ -167,10 +167,10 @@ def write(value: dict[Any, Any], *, flow_style: bool = False) -> str:
     text = yaml.dump(
         value, Dumper=_Writer, default_flow_style=flow_style, allow_unicode=True, sort_keys=False, width=math.inf
     )
-    # What does not print stands in double quotes, and could turn a line of the terminal around.
+    # Characters that do not print stand in double quotes by now. Escaped, none can change how a terminal shows the line.
     return "".join(c if c.isprintable() or c == "\n" else f"\\U{ord(c):08X}" for c in text)
 
 
 def flow(value: Any) -> str:
-    """A value on one line, as it stands inside brackets."""
+    """A value on one line, as it is written inside brackets."""
     return write({0: value}, flow_style=True)[len("{0: ") : -len("}\n")]

@@ -31,7 +31,7 @@ def lead_baseline(dialogue: str, turns: int = 2) -> str:
 
 
 def fact_share(predictions: Sequence[str], facts: Sequence[Sequence[str]]) -> float:
-    """Share (0..1) of all facts that stand in their row's prediction word for word, white space aside.
+    """Share (0..1) of all facts that stand in their row's prediction word for word; white space does not count.
 
     `facts` lists for each row what a right summary must hold (times, places, things, amounts). A fact that begins or
     ends with a digit is not found inside a longer number (`2시` in `12시`). Raises ValueError where there is no fact.

@@ -47,10 +47,8 @@ def ending_report(
     if references is not None:
         own = _describe([text for row in as_lists(predictions, references) for text in row])
         report["mean_length_ratio"] = report["mean_length"] / own["mean_length"] if own["mean_length"] else 0.0
-        report["reference_length"] = own["mean_length"]
-        report["reference_histogram"] = own["length_histogram"]
-        report["reference_foreign_rate"] = own["foreign_rate"]
-        report["reference_proper_ending_rate"] = own["proper_ending_rate"]
+        report |= {"reference_length": own["mean_length"], "reference_histogram": own["length_histogram"]}
+        report |= {f"reference_{name}": own[name] for name in ("foreign_rate", "proper_ending_rate")}
     return report
 
 

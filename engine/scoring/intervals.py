@@ -28,8 +28,7 @@ def bootstrap_interval(
 ) -> Interval:
     """Percentile bootstrap over rows (Efron, 1979); the same seed gives the same interval."""
     means = _bootstrap_means(row_scores, seed, resamples)
-    low, high = _percentiles(means, level)
-    return Interval(float(sum(row_scores) / len(row_scores)), low, high)
+    return Interval(float(sum(row_scores) / len(row_scores)), *_percentiles(means, level))
 
 
 def paired_difference(
@@ -40,8 +39,8 @@ def paired_difference(
         raise ValueError(f"{len(a)} and {len(b)} rows cannot be paired")
     differences = [x - y for x, y in zip(a, b, strict=True)]
     means = _bootstrap_means(differences, seed, resamples)
-    low, high = _percentiles(means, level)
-    return Difference(float(sum(differences) / len(differences)), low, high, float((means > 0).mean()))
+    better_share = float((means > 0).mean())
+    return Difference(float(sum(differences) / len(differences)), *_percentiles(means, level), better_share)
 
 
 def selection_gain(

@@ -18,8 +18,12 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache, lru_cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from korouge_score.scoring import Score
 
 TOKENIZERS = ("mecab", "char", "whitespace")
 METRICS = ("rouge1", "rouge2", "rougeL")
@@ -106,11 +110,9 @@ def rouge_rows(predictions: Sequence[str], references: References, tokenizer: st
     rows = as_lists(predictions, references)
     _refuse_empty_references(rows, tokenizer)
     scorer = _scorer(tokenizer)
-    scores = []
-    for prediction, targets in zip(predictions, rows, strict=True):
-        best = scorer.score_multi(targets, prediction)
-        scores.append(_row({metric: score.fmeasure for metric, score in best.items()}))
-    return scores
+    return [
+        _row(scorer.score_multi(targets, prediction)) for prediction, targets in zip(predictions, rows, strict=True)
+    ]
 
 
 def rouge(predictions: Sequence[str], references: References, tokenizer: str = "mecab") -> dict[str, float | str]:
@@ -125,25 +127,24 @@ def similarity(a: str, b: str, metric: str = "rouge_mean", tokenizer: str = "mec
 
 @lru_cache(maxsize=1 << 17)
 def _pair(a: str, b: str, tokenizer: str) -> dict[str, float]:
-    return _row({name: score.fmeasure for name, score in _scorer(tokenizer).score(a, b).items()})
+    return _row(_scorer(tokenizer).score(a, b))
 
 
-def _row(fmeasures: dict[str, float]) -> dict[str, float]:
-    row = {metric: 100.0 * float(fmeasures[metric]) for metric in METRICS}
-    row["rouge_sum"] = sum(row.values())
-    row["rouge_mean"] = row["rouge_sum"] / len(METRICS)
-    return row
+def _row(scores: Mapping[str, Score]) -> dict[str, float]:
+    return _with_totals({metric: 100.0 * float(scores[metric].fmeasure) for metric in METRICS})
+
+
+def _with_totals(row: dict[str, float]) -> dict[str, float]:
+    total = sum(row.values())
+    return row | {"rouge_sum": total, "rouge_mean": total / len(METRICS)}
 
 
 def mean_scores(rows: Sequence[dict[str, float]], tokenizer: str = "mecab") -> dict[str, float | str]:
     """The dictionary of `rouge` from scores per row that are already there."""
     if not rows:
         raise ValueError("no rows to score")
-    means: dict[str, float | str] = {metric: sum(row[metric] for row in rows) / len(rows) for metric in METRICS}
-    means["rouge_sum"] = sum(float(means[metric]) for metric in METRICS)
-    means["rouge_mean"] = float(means["rouge_sum"]) / len(METRICS)
-    means["rouge_tokenizer"], means["rouge_tokenizer_version"] = tokenizer, tokenizer_id(tokenizer)
-    return means
+    means = _with_totals({metric: sum(row[metric] for row in rows) / len(rows) for metric in METRICS})
+    return means | {"rouge_tokenizer": tokenizer, "rouge_tokenizer_version": tokenizer_id(tokenizer)}
 
 
 def as_lists(predictions: Sequence[str], references: References) -> list[list[str]]:

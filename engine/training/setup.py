@@ -13,7 +13,6 @@ from engine.checkpoints.identity import identity_of
 from engine.checkpoints.store import CheckpointStore, refusing
 from engine.data import encode, rows
 from engine.data.windows import WindowSampler
-from engine.errors import EngineError
 from engine.models import adapters, build, memory, tokenization, weights
 from engine.models.blueprint import blueprint
 from engine.prediction.summarizer import Summarizer
