@@ -8,7 +8,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+from engine.generation import fallback
 from engine.generation.search import Decoded, Search
+from engine.generation.settings import GenerationSettings
 
 VOCABULARY = 97
 _CAUSAL = {
@@ -111,6 +113,14 @@ def batch(model, lengths=(9, 6, 4, 8), seed: int = 0) -> dict[str, torch.Tensor]
     return {"input_ids": torch.where(real, ids, pad), "attention_mask": real.long()}
 
 
+def resolved(model, **values) -> GenerationSettings:
+    return GenerationSettings.resolve(
+        values,
+        model_generation_config=model.generation_config,
+        is_encoder_decoder=model.config.is_encoder_decoder,
+    )
+
+
 def reference(model, **arguments):
     """transformers' own result."""
     return model.generate(**arguments, return_dict_in_generate=True, output_scores=True)
@@ -119,7 +129,7 @@ def reference(model, **arguments):
 def decode(model, *, scope: str = "all", compaction: bool = True, **arguments) -> Decoded:
     """Ours, through the same door."""
     search = Search(scope, arguments.pop("vocabulary_mask", None), compaction=compaction)
-    return model.generate(**arguments, return_dict_in_generate=True, output_scores=True, custom_generate=search)
+    return fallback.decode(model, arguments | {"output_scores": True}, search)
 
 
 def assert_equal(ours: Decoded, theirs, tolerance: float = 1e-5) -> None:
