@@ -126,9 +126,9 @@ def reference(model, **arguments):
     return model.generate(**arguments, return_dict_in_generate=True, output_scores=True)
 
 
-def decode(model, *, scope: str = "all", compaction: bool = True, **arguments) -> Decoded:
+def decode(model, *, scope: str = "all", compaction: bool = True, cuda_graphs: bool = False, **arguments) -> Decoded:
     """Ours, through the same door."""
-    search = Search(scope, arguments.pop("vocabulary_mask", None), compaction=compaction)
+    search = Search(scope, arguments.pop("vocabulary_mask", None), compaction=compaction, cuda_graphs=cuda_graphs)
     return fallback.decode(model, arguments | {"output_scores": True}, search)
 
 

@@ -194,7 +194,7 @@ def _search(settings, device: torch.device, vocabulary_mask, generator) -> Searc
         vocabulary_mask = vocabulary_mask.to(device)
     if settings.do_sample and generator is None:
         generator = _copy_of_global(device)
-    return Search(settings.repetition_scope, vocabulary_mask, generator)
+    return Search(settings.repetition_scope, vocabulary_mask, generator, cuda_graphs=settings.cuda_graphs)
 
 
 def run_search(

@@ -86,13 +86,16 @@ class Search:
         vocabulary_mask: torch.Tensor | None = None,
         generator: torch.Generator | None = None,
         compaction: bool = True,
+        cuda_graphs: bool = False,
     ):
         """Args: scope: "all" or "output", what repetition rules look at. vocabulary_mask: `[V]` or `[B, V]`.
-        generator: source of sampling draws; None = torch's global one. compaction: let finished examples leave."""
+        generator: source of sampling draws; None = torch's global one. compaction: let finished examples leave.
+        cuda_graphs: replay captured steps where `worth_capturing` says so."""
         self.scope = scope
         self.vocabulary_mask = vocabulary_mask
         self.generator = generator
         self.compaction = compaction
+        self.cuda_graphs = cuda_graphs
         # Of all live examples, how many must be settled for them to leave: new shapes may mean new captures.
         self.least_share = 0.0
 
@@ -105,7 +108,7 @@ class Search:
         copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         prompt = _prompt(model, input_ids, model_kwargs, copies)
         new_tokens = generation_config.max_length - input_ids.shape[1]
-        fixed = worth_capturing(model, input_ids.device, new_tokens)
+        fixed = self.cuda_graphs and worth_capturing(model, input_ids.device, new_tokens)
         self.least_share = 0.5 if fixed else 0.0
         decoder = TreeDecoder(model, prompt, copies, new_tokens, fixed)
         logits = decoder.prefill()
