@@ -8,7 +8,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+from engine.generation import fallback
 from engine.generation.search import Decoded, Search
+from engine.generation.settings import GenerationSettings
 
 VOCABULARY = 97
 _CAUSAL = {
@@ -111,15 +113,23 @@ def batch(model, lengths=(9, 6, 4, 8), seed: int = 0) -> dict[str, torch.Tensor]
     return {"input_ids": torch.where(real, ids, pad), "attention_mask": real.long()}
 
 
+def resolved(model, **values) -> GenerationSettings:
+    return GenerationSettings.resolve(
+        values,
+        model_generation_config=model.generation_config,
+        is_encoder_decoder=model.config.is_encoder_decoder,
+    )
+
+
 def reference(model, **arguments):
     """transformers' own result."""
     return model.generate(**arguments, return_dict_in_generate=True, output_scores=True)
 
 
-def decode(model, *, scope: str = "all", compaction: bool = True, **arguments) -> Decoded:
+def decode(model, *, scope: str = "all", compaction: bool = True, cuda_graphs: bool = False, **arguments) -> Decoded:
     """Ours, through the same door."""
-    search = Search(scope, arguments.pop("vocabulary_mask", None), compaction=compaction)
-    return model.generate(**arguments, return_dict_in_generate=True, output_scores=True, custom_generate=search)
+    search = Search(scope, arguments.pop("vocabulary_mask", None), compaction=compaction, cuda_graphs=cuda_graphs)
+    return fallback.decode(model, arguments | {"output_scores": True}, search)
 
 
 def assert_equal(ours: Decoded, theirs, tolerance: float = 1e-5) -> None:

@@ -25,7 +25,7 @@ from engine.generation.api import Hypothesis
 from engine.generation.cache import ATTENTION_NAME
 from engine.generation.decoder import Prompt, TreeDecoder
 from engine.generation.encoder import encode
-from engine.generation.search import Decoded, Search, unsupported
+from engine.generation.search import Decoded, Search, unsupported, unverified
 from engine.generation.settings import GenerationSettings
 from engine.scoring import rouge
 
@@ -187,6 +187,8 @@ def _refuse_strangers(bases: Sequence[torch.nn.Module]) -> None:
     sizes = {base.get_output_embeddings().weight.shape[0] for base in bases}
     if len(kinds) > 1:
         raise ValueError("encoder-decoders and causal models cannot be decoded together")
+    for reason in filter(None, map(unverified, bases)):
+        raise ValueError(f"decoding together does not support: {reason}")
     if len(sizes) > 1:
         raise ValueError(f"the models' vocabularies differ: {sorted(sizes)} tokens")
 

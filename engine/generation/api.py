@@ -12,11 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import StoppingCriteriaList, StopStringCriteria
-from transformers.modeling_outputs import BaseModelOutput
 
 from engine.generation import modelstate
-from engine.generation.encoder import encode
+from engine.generation.fallback import decode
 from engine.generation.linears import fast_linears
 from engine.generation.search import Decoded, Search
 from engine.generation.settings import GenerationSettings
@@ -220,7 +218,7 @@ def _search(settings, device: torch.device, vocabulary_mask, generator) -> Searc
         vocabulary_mask = vocabulary_mask.to(device)
     if settings.do_sample and generator is None:
         generator = _copy_of_global(device)
-    return Search(settings.repetition_scope, vocabulary_mask, generator)
+    return Search(settings.repetition_scope, vocabulary_mask, generator, cuda_graphs=settings.cuda_graphs)
 
 
 def run_search(
@@ -234,21 +232,10 @@ def run_search(
     """Decode one batch with a given search, on a model that is prepared already (see `prepared`)."""
     prompt_length = 1 if base.config.is_encoder_decoder else input_ids.shape[1]
     arguments = settings.generate_arguments(prompt_length)
-    if strings := arguments.pop("stop_strings", None):
-        if tokenizer is None:
-            raise ValueError("generation.stop_strings needs the tokenizer")
-        # `generate` would make this itself, but loses the tokenizer on its way to a search of one's own.
-        arguments["stopping_criteria"] = StoppingCriteriaList([StopStringCriteria(tokenizer, strings)])
-    if base.config.is_encoder_decoder and attention_mask is not None:
-        arguments["encoder_outputs"] = BaseModelOutput(last_hidden_state=encode(base, input_ids, attention_mask))
-    decoded: Decoded = base.generate(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        custom_generate=search,
-        return_dict_in_generate=True,
-        output_scores=settings.output_scores,
-        **arguments,
-    )
+    if arguments.get("stop_strings") and tokenizer is None:
+        raise ValueError("generation.stop_strings needs the tokenizer")
+    arguments |= {"input_ids": input_ids, "attention_mask": attention_mask, "output_scores": settings.output_scores}
+    decoded = decode(base, arguments, search, tokenizer)
     return _measure(decoded, base, settings, arguments["max_length"] - prompt_length)
 
 

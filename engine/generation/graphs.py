@@ -4,7 +4,8 @@ An eager step launches 300 to 1,300 kernels from Python, which for small models 
 slot, the position and the mask are device tensors, attention reads a fixed window of slots, and the whole forward pass
 is captured once per window and replayed. Windows grow in strides, and shrink again when dead slots are dropped.
 
-`StaticStep` runs on any device (the tests hold it against the eager step on a CPU); capturing needs CUDA. Whatever
+Off unless `generation.cuda_graphs` asks for it: on a CPU the steps are held against the eager ones, but no GPU has replayed
+them yet. `StaticStep` runs on any device (the tests hold it against the eager step on a CPU); capturing needs CUDA. Whatever
 cannot be captured runs the same step without a graph, after one log line.
 
 Shapes: B examples, K beams, C slots, W window (slots that attention reads), V vocabulary.
@@ -98,7 +99,7 @@ class StaticStep:
 
 
 def worth_capturing(model: torch.nn.Module, device: torch.device, steps: int) -> bool:
-    """Whether a call should decode with fixed shapes. Not for models spread over devices, nor under autocast, whose
+    """Whether a call that may should decode with fixed shapes. Not for models spread over devices, nor under autocast, whose
     cache of converted weights would end up in a graph's memory."""
     if device.type != "cuda" or steps < MIN_STEPS or hasattr(model, "hf_device_map"):
         return False

@@ -2,7 +2,7 @@
 
 transformers keeps everything a user can configure: merging settings, defaults, warnings and errors, the encoder pass,
 and the lists of processors and stopping criteria. It then calls `Search`, which decodes with one cache row per example,
-or hands the call back to transformers' own loop where `unsupported` names a reason (one log line).
+or raises `HandedBack` where `unsupported` names a reason (`fallback.decode` then lets transformers do all of it).
 
 Shapes: B examples, K beams, R returned sequences per example, P prompt tokens, T new tokens, V vocabulary.
 """
@@ -18,7 +18,10 @@ from transformers.cache_utils import DynamicLayer, EncoderDecoderCache
 from transformers.generation import GenerationMode
 from transformers.generation import logits_process as hf
 from transformers.generation import stopping_criteria as criteria
-from transformers.generation.utils import GENERATION_MODES_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+)
 
 from engine import families
 from engine.generation.beams import BeamRules, Beams
@@ -26,11 +29,15 @@ from engine.generation.cache import ATTENTION_NAME
 from engine.generation.decoder import Prompt, TreeDecoder
 from engine.generation.graphs import worth_capturing
 from engine.generation.modelstate import attention
-from engine.generation.processors import Chain, History, OutputOnly, VocabularyMask
+from engine.generation.processors import Chain, History
 
 logger = logging.getLogger(__name__)
 
+# Rotary positions whose frequencies never change, and those that change once a sequence outgrows the original length.
+_STEADY_POSITIONS = {"default", "linear", "llama3", "yarn"}
+_GROWING_POSITIONS = {"dynamic", "longrope"}
 _HANDLED_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.BEAM_SEARCH)
+_DECIDING = ("forward", "prepare_inputs_for_generation")  # methods that decide what a checked class computes
 _KNOWN_MODEL_KWARGS = {
     "attention_mask",
     "encoder_outputs",
@@ -45,6 +52,10 @@ _ROWWISE_ONLY = (
     hf.WatermarkLogitsProcessor,
     hf.SynthIDTextWatermarkLogitsProcessor,
 )
+
+
+class HandedBack(Exception):
+    """This call is for transformers to decode; the text says why."""
 
 
 @dataclass
@@ -72,13 +83,16 @@ class Search:
         vocabulary_mask: torch.Tensor | None = None,
         generator: torch.Generator | None = None,
         compaction: bool = True,
+        cuda_graphs: bool = False,
     ):
         """Args: scope: "all" or "output", what repetition rules look at. vocabulary_mask: `[V]` or `[B, V]`.
-        generator: source of sampling draws; None = torch's global one. compaction: let finished examples leave."""
+        generator: source of sampling draws; None = torch's global one. compaction: let finished examples leave.
+        cuda_graphs: replay captured steps where `worth_capturing` says so."""
         self.scope = scope
         self.vocabulary_mask = vocabulary_mask
         self.generator = generator
         self.compaction = compaction
+        self.cuda_graphs = cuda_graphs
         # Of all live examples, how many must be settled for them to leave: new shapes may mean new captures.
         self.least_share = 0.0
 
@@ -87,14 +101,11 @@ class Search:
     ) -> Decoded:
         reason = unsupported(model, generation_config, logits_processor, stopping_criteria, model_kwargs)
         if reason is not None:
-            logger.info("generation left to transformers: %s", reason)
-            return self._hand_back(
-                model, input_ids, logits_processor, stopping_criteria, generation_config, model_kwargs
-            )
+            raise HandedBack(reason)
         copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         prompt = _prompt(model, input_ids, model_kwargs, copies)
         new_tokens = generation_config.max_length - input_ids.shape[1]
-        fixed = worth_capturing(model, input_ids.device, new_tokens)
+        fixed = self.cuda_graphs and worth_capturing(model, input_ids.device, new_tokens)
         self.least_share = 0.5 if fixed else 0.0
         decoder = TreeDecoder(model, prompt, copies, new_tokens, fixed)
         logits = decoder.prefill()
@@ -205,44 +216,18 @@ class Search:
         history = History(prompt, copies, self.scope, padding, vocabulary)
         return Chain(processors, history)
 
-    def _hand_back(self, model, input_ids, processors, stopping, config, model_kwargs) -> Decoded:
-        """Run transformers' own loop, with our scope and vocabulary mask as ordinary processors."""
-        prompt_length = input_ids.shape[1]
-        processors = type(processors)(processors)
-        if self.scope == "output":
-            for i, processor in enumerate(processors):
-                if isinstance(processor, (hf.RepetitionPenaltyLogitsProcessor, hf.NoRepeatNGramLogitsProcessor)):
-                    processor.prompt_ignore_length = None
-                    processors[i] = OutputOnly(processor, prompt_length)
-        if self.vocabulary_mask is not None:
-            mask = self.vocabulary_mask
-            if mask.dim() == 2:
-                mask = mask.repeat_interleave(input_ids.shape[0] // mask.shape[0], dim=0)
-            processors.append(VocabularyMask(mask))
-        method = getattr(type(model), GENERATION_MODES_MAPPING[config.get_generation_mode()])
-        out = method(
-            model,
-            input_ids,
-            logits_processor=processors,
-            stopping_criteria=stopping,
-            generation_config=config,
-            **model_kwargs,
-        )
-        if isinstance(out, torch.Tensor):
-            return Decoded(out, None, None, prompt_length, native=False)
-        scores, indices = getattr(out, "sequences_scores", None), getattr(out, "beam_indices", None)
-        return Decoded(out.sequences, scores, indices, prompt_length, native=False)
-
 
 def unsupported(model, config, processors, stopping, model_kwargs: dict[str, Any]) -> str | None:
-    """Why a call must be left to transformers, or None. This is the whole list."""
+    """Why a call must be left to transformers, or None. This and `unverified` are the whole list."""
+    reason = unverified(model)
+    if reason is not None:
+        return reason
     mode = config.get_generation_mode()
     if mode not in _HANDLED_MODES:
-        return f"mode {mode}"
-    if not families.of(model.config.model_type).verified:
-        return f"model type {model.config.model_type} was never checked"
-    if not _tells_attentions_apart(model):
-        return f"this transformers does not mark the self-attention of {model.config.model_type}"
+        return f"mode {mode.value}"
+    steady = _steady_length(model)
+    if steady is not None and config.max_length >= steady:
+        return f"positions of {model.config.model_type} change with the length beyond {steady} tokens"
     if not config.use_cache:
         return "use_cache=False"
     if config.output_attentions or config.output_hidden_states or config.output_logits:
@@ -259,6 +244,45 @@ def unsupported(model, config, processors, stopping, model_kwargs: dict[str, Any
     if any(isinstance(p, _ROWWISE_ONLY) for p in processors):
         return "guidance, prefix function or watermark"
     return None
+
+
+def unverified(model) -> str | None:
+    """Why no call of this model is ours: its class or its scheme of positions was never checked. None if it was."""
+    kind = model.config.model_type
+    row, encoder_decoder = families.of(kind), model.config.is_encoder_decoder
+    classes = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if encoder_decoder else MODEL_FOR_CAUSAL_LM_MAPPING
+    if not row.verified or (row.kind == "seq2seq") != encoder_decoder or type(model.config) not in classes:
+        return f"model type {kind} was never checked"
+    checked = classes[type(model.config)]
+    if not isinstance(model, checked) or any(getattr(type(model), n) is not getattr(checked, n) for n in _DECIDING):
+        return f"{type(model).__name__} is not the class of {kind} that was checked"
+    if not _tells_attentions_apart(model):
+        return f"this transformers does not mark the self-attention of {kind}"
+    if unknown := _position_schemes(model) - _STEADY_POSITIONS - _GROWING_POSITIONS:
+        return f"rotary positions of type {sorted(unknown)[0]} were never checked"
+    return None
+
+
+def _position_schemes(model) -> set[str]:
+    """Types of rotary positions in a model, as its layers will compute them."""
+    schemes: set[str] = set()
+    for module in model.modules():
+        kind = getattr(module, "rope_type", None)
+        schemes |= set(kind.values()) if isinstance(kind, dict) else {kind}
+    return schemes - {None}
+
+
+def _steady_length(model) -> int | None:
+    """Tokens below which positions that grow with the length are as the model was built; None if they never grow.
+
+    From there on `generate` recomputes its cache (longrope), or the longest row of a batch counts for all (dynamic).
+    """
+    if not _position_schemes(model) & _GROWING_POSITIONS:
+        return None
+    config = model.config.get_text_config(decoder=True)
+    lengths = [config.max_position_embeddings, getattr(config, "original_max_position_embeddings", None)]
+    lengths.append((config.rope_parameters or {}).get("original_max_position_embeddings"))
+    return min(length for length in lengths if length)
 
 
 def _tells_attentions_apart(model) -> bool:

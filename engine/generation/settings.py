@@ -17,7 +17,10 @@ _NAMES_OF_TOKENS = (
     "sequence_bias",
 )
 _WRITTEN = ("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id")
-_OURS = ("repetition_scope", "block_scripts", "allow_scripts", "keep_source_words", "output_scores", "extra")
+_OURS = (
+    *("repetition_scope", "block_scripts", "allow_scripts", "keep_source_words", "output_scores", "extra"),
+    "cuda_graphs",
+)
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class GenerationSettings:
     with the decoder start (encoder-decoders); used only where max_new_tokens is None.
     repetition_scope: what `repetition_penalty` and `no_repeat_ngram_size` look at, "output" or "all" (prompt too).
     block_scripts, allow_scripts, keep_source_words: what `constraints` turns into a vocabulary mask.
+    cuda_graphs: decode on a CUDA GPU by replaying captured steps (see `graphs`).
     extra: further names of `generate` that transformers handles (`encoder_no_repeat_ngram_size`, `sequence_bias`, ...).
     """
 
@@ -61,6 +65,7 @@ class GenerationSettings:
     allow_scripts: tuple[str, ...] = ()
     keep_source_words: bool = False
     output_scores: bool = True
+    cuda_graphs: bool = False
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod

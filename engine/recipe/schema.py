@@ -192,6 +192,7 @@ class Generation(Section):
     keep_source_words: bool = Field(False, description="Let foreign words of the dialogue through the script rules (`Mr. Smith`).")
     repetition_scope: Literal["auto", "output", "all"] = Field("auto", description="What repetition rules look at; auto: output for causal LMs, all (transformers' rule) otherwise.")
     tokens_per_batch: Positive | None = Field(None, description="Budget of source plus beam tokens decoded at once; null: from the batch size.")
+    cuda_graphs: bool = Field(False, description="Replay decoding steps as CUDA graphs where the model allows it; not yet proven on a GPU.")
     # Passed on under transformers' names
     min_p: Ratio | None = Field(None, description="transformers: min_p.")
     top_h: Ratio | None = Field(None, description="transformers: top_h.")

@@ -16,6 +16,7 @@ from generation_toys import (
     decode,
     one_thread,  # noqa: F401
     reference,
+    resolved,
     shared,
 )
 
@@ -25,14 +26,6 @@ from engine.generation.settings import GenerationSettings
 
 SEED = int(os.environ.get("GENERATION_SEED", "0")) or random.SystemRandom().randrange(1, 10**6)
 DRAWS = int(os.environ.get("GENERATION_DRAWS", "24"))
-
-
-def resolved(model, **values) -> GenerationSettings:
-    return GenerationSettings.resolve(
-        values,
-        model_generation_config=model.generation_config,
-        is_encoder_decoder=model.config.is_encoder_decoder,
-    )
 
 
 def prompts(count: int, longest: int = 12, seed: int = 0) -> list[list[int]]:

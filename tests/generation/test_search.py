@@ -20,6 +20,7 @@ from generation_toys import (
     decode,
     one_thread,  # noqa: F401
     reference,
+    resolved,
     shared,
 )
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
@@ -27,7 +28,8 @@ from transformers.generation import MinLengthLogitsProcessor, StoppingCriteria, 
 from transformers.modeling_outputs import BaseModelOutput
 
 from engine import families
-from engine.generation import decoder, graphs, search
+from engine.generation import decoder, fallback, graphs, search
+from engine.generation.api import generate
 from engine.generation.cache import TreeCache
 
 BEAMS = {"num_beams": 4, "max_new_tokens": 14}
@@ -98,12 +100,13 @@ COMMON = {
 
 def both(model, **arguments):
     """Ours and theirs from the same random state; warnings are transformers' own, twice."""
+    cuda_graphs = arguments.pop("cuda_graphs", False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(5)
         theirs = reference(model, **arguments)
         torch.manual_seed(5)
-        return decode(model, **arguments), theirs
+        return decode(model, **arguments, cuda_graphs=cuda_graphs), theirs
 
 
 def check(model, native: bool = True, **arguments):
@@ -454,9 +457,10 @@ HANDED_BACK = {
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", HANDED_BACK)
-def test_hand_back(name, family, caplog):
+def test_hand_back(name, family, caplog, monkeypatch):
+    monkeypatch.setattr(fallback, "_told", set())
     model = shared(family)
-    with caplog.at_level(logging.INFO, logger="engine.generation.search"):
+    with caplog.at_level(logging.WARNING, logger="engine.generation.search"):
         check(model, native=False, **batch(model), **BEAMS | HANDED_BACK[name])
     assert len([r for r in caplog.records if "left to transformers" in r.message]) == 1
 
@@ -548,16 +552,21 @@ FIXED = [
 @pytest.mark.parametrize("name", FIXED)
 def test_steps_of_fixed_shape(name, family, fixed_shapes):  # 87, 88
     model = shared(family)
-    check(model, **batch(model), **BEAMS | {"max_new_tokens": 26} | COMMON[name])
+    check(model, cuda_graphs=True, **batch(model), **BEAMS | {"max_new_tokens": 26} | COMMON[name])
     if family in ("bart", "t5"):
-        check(model, **batch(model, lengths=(12, 11, 5, 4, 2)), **BEAMS | {"max_new_tokens": 26} | COMMON[name])
+        check(
+            model,
+            cuda_graphs=True,
+            **batch(model, lengths=(12, 11, 5, 4, 2)),
+            **BEAMS | {"max_new_tokens": 26} | COMMON[name],
+        )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_steps_of_fixed_shape_with_leaving_examples(family, fixed_shapes):
     model = shared(family)
     ends = {"eos_token_id": [1, 2, 7, 30, 31, 32], "early_stopping": True, "num_return_sequences": 3}
-    check(model, **batch(model, lengths=(9, 3, 5, 7, 2, 8)), num_beams=3, max_new_tokens=30, **ends)
+    check(model, cuda_graphs=True, **batch(model, lengths=(9, 3, 5, 7, 2, 8)), num_beams=3, max_new_tokens=30, **ends)
 
 
 @pytest.mark.parametrize("family", sorted(name for name, row in families.FAMILIES.items() if row.capturable))
@@ -577,19 +586,28 @@ def test_steps_of_fixed_shape_never_wait_for_the_device(family, fixed_shapes, mo
     model = shared(family)
     if not search._tells_attentions_apart(model):
         pytest.skip("this transformers does not mark its self-attention")
-    check(model, **batch(model), **BEAMS | {"max_new_tokens": 26})
+    check(model, cuda_graphs=True, **batch(model), **BEAMS | {"max_new_tokens": 26})
     assert len(set(runs)) > 1
+
+
+def test_steps_are_plain_unless_graphs_are_asked_for(fixed_shapes, monkeypatch):
+    monkeypatch.setattr(graphs.StaticStep, "__call__", lambda *_: pytest.fail("a fixed step"))
+    model = shared("bart")
+    check(model, **batch(model), **BEAMS)
+    values = {"num_beams": 3, "max_new_tokens": 6}
+    generate(model, **batch(model), settings=resolved(model, **values))
+    with pytest.raises(pytest.fail.Exception):
+        generate(model, **batch(model), settings=resolved(model, cuda_graphs=True, **values))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", ["beams5", "greedy", "original_system", "ends_three"])
-def test_on_a_gpu(name, family, monkeypatch):  # 87
+def test_on_a_gpu(name, family):  # 87
     """With graphs, without, and transformers: the same tokens."""
     model = build(family).cuda()
     inputs = {key: tensor.cuda() for key, tensor in batch(model).items()}
     arguments = inputs | BEAMS | {"max_new_tokens": 40} | COMMON[name]
     theirs = reference(model, **arguments)
-    assert_equal(decode(model, **arguments), theirs)
-    monkeypatch.setattr(search, "worth_capturing", lambda *_: False)
+    assert_equal(decode(model, **arguments, cuda_graphs=True), theirs)
     assert_equal(decode(model, **arguments), theirs)

@@ -26,7 +26,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -168,11 +169,11 @@ def run_generate(case: Case) -> list[list[int]]:
     return rows
 
 
-def run_ours(case: Case, vocabulary_mask: torch.Tensor | None = None) -> list[list[int]]:
+def run_ours(case: Case, vocabulary_mask: torch.Tensor | None = None, cuda_graphs: bool = False) -> list[list[int]]:
     found: list[list[Hypothesis]] = generate_all(
         case.model,
         case.prompts,
-        case.settings(),
+        replace(case.settings(), cuda_graphs=cuda_graphs),
         pad_token_id=case.pad_id,
         max_batch_size=32,
         vocabulary_mask=vocabulary_mask,
@@ -311,6 +312,7 @@ def measure(case: Case, contenders: dict[str, Callable], rounds: int) -> dict:
         "times_ours": ratios(seconds),
         "cpu_times_ours": ratios(cpu_seconds),
         "tokens": compare(case, results["ours"], results["generate"]) if "generate" in results else None,
+        "tokens_of_graphs_equal_ours": results["graphs"] == results["ours"] if "graphs" in results else None,
         "new_tokens": {"mean": statistics.mean(lengths), "min": min(lengths), "max": max(lengths)},
     }
 
@@ -354,7 +356,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--only", nargs="+", choices=["generate", "ours", "ctranslate2"], help="contenders")
+    parser.add_argument("--only", nargs="+", choices=["generate", "ours", "graphs", "ctranslate2"], help="contenders")
     parser.add_argument("--output", type=Path, help="write the result as JSON")
     return parser.parse_args(argv)
 
@@ -369,6 +371,8 @@ def main(argv: list[str] | None = None) -> int:
     case = build(arguments.data, arguments.examples or examples, arguments.new_tokens or new_tokens)
     case.model.to(device=arguments.device, dtype=getattr(torch, arguments.dtype))
     contenders: dict[str, Callable] = {"generate": run_generate, "ours": run_ours}
+    if arguments.device == "cuda":
+        contenders["graphs"] = partial(run_ours, cuda_graphs=True)
     if arguments.device == "cpu" and case.encoder_decoder and "ctranslate2" in (arguments.only or ["ctranslate2"]):
         if (run := ctranslate2_contender(case, arguments.threads)) is not None:
             contenders["ctranslate2"] = run
