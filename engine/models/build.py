@@ -79,20 +79,16 @@ def _sources(recipe: Recipe, lora: bool) -> tuple[Source, Path | None]:
             advice = "set model.name_or_path, or model.init=random with model.config.model_type"
             raise EngineError("E2.58", what, "model", advice)
         return Source(f"random {settings.config['model_type']}", settings.revision, None), None
-    trusted = settings.trust_remote_code
-    folder = hub.resolve(
-        settings.name_or_path,
-        revision=settings.revision,
-        trust_remote_code=trusted,
-        weights=settings.init == "pretrained",
-    )
+    rules = {"trust_remote_code": settings.trust_remote_code, "use_safetensors": settings.use_safetensors}
+    weights_too = settings.init == "pretrained"
+    folder = hub.resolve(settings.name_or_path, revision=settings.revision, weights=weights_too, **rules)
     if not hub.is_adapter(folder):
         return Source(settings.name_or_path, settings.revision, folder), None
     if not lora or settings.init == "random":
         what = "the model folder is an adapter, which can only be trained on as one"
         advice = "set lora.enabled=true and model.init=pretrained, or merge it first with tools/merge_adapter.py"
         raise EngineError("E2.46", what, str(folder), advice)
-    return hub.resolve_base(folder, trust_remote_code=trusted), folder
+    return hub.resolve_base(folder, **rules), folder
 
 
 def _pretrained_model(

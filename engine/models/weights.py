@@ -76,7 +76,7 @@ def load_folder(
     missing = sorted(info["missing_keys"])
     if missing:
         names = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
-        what = f"{len(missing)} weights are missing and would be random: {names}"
+        what = f"{len(missing)} weights are missing and would be random: the files lack {names}"
         raise EngineError("E4.8", what, str(folder), "use a checkpoint of the whole model with its output head")
     if is_untied(model):
         # T5's configuration always says "tied"; believed, it would overwrite the output head at the next resize.
