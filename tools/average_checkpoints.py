@@ -29,7 +29,12 @@ from engine.errors import EngineError  # noqa: E402
 
 NOTHING_WRITTEN = "nothing was written"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-_NOT_THE_MODEL = {"manifest.json", "averaging.json", "trainer_state.json"}
+_NOT_THE_MODEL = {
+    "manifest.json",
+    "averaging.json",
+    "trainer_state.json",
+    "README.md",
+}  # the card tells of other scores
 
 
 def last_checkpoints(run: Path, count: int) -> list[Path]:

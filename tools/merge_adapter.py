@@ -57,6 +57,8 @@ def merge(adapter: Path, output: Path, base: str | None = None, precision: str =
     from engine.models import hub
     from engine.models.bundle import save_model
     from engine.models.load import load_trained
+    from engine.prediction import export
+    from engine.prediction.predictor import recipe_of
 
     if output.exists():
         raise EngineError(
@@ -83,6 +85,7 @@ def merge(adapter: Path, output: Path, base: str | None = None, precision: str =
     try:
         save_model(bundle, partial)
         copy_recipe(adapter, partial)
+        export.write_generation_config(partial, bundle, recipe_of(adapter).generation)
         alone = load_alone(partial, bundle, device)
         report["reloaded"] = compare(outputs(bundle.model, bundle), outputs(alone, bundle), stored, "reloaded")
         (partial / "merge_report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

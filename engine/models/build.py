@@ -113,8 +113,6 @@ def _random_model(
     folder: Path | None,
     dtype: torch.dtype,
 ) -> nn.Module:
-    from transformers import GenerationConfig
-
     multiple = recipe.tokenizer.pad_to_multiple_of or 1
     rows = -(-len(tokenizer) // multiple) * multiple
     fixed = recipe.model.name_or_path is not None or "vocab_size" in (recipe.model.config or {})
@@ -126,8 +124,8 @@ def _random_model(
         )
     except Exception as error:  # shapes that do not fit together surface as many types
         raise EngineError("E4.9", f"no model can be built: {error}", "model.config", "check model.config") from error
-    if folder is not None and (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    if folder is not None and (own := configuration.own_generation_config(folder)) is not None:
+        model.generation_config = own
     return weights.cast(model, dtype)
 
 

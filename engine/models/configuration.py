@@ -11,10 +11,10 @@ from torch import nn
 
 from engine import families
 from engine.errors import EngineError
-from engine.models.hub import first_line
+from engine.models.hub import OWN_GENERATION_FILE, first_line
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedTokenizerFast
+    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
     from engine.recipe.schema import Model, Recipe
 
@@ -130,6 +130,26 @@ def _forget_forced_end(config: PreTrainedConfig) -> None:
     """BART's default configuration forces token 2 at the length limit; in a new vocabulary that is another token."""
     if getattr(config, "forced_eos_token_id", None) is not None:
         config.forced_eos_token_id = None
+
+
+def own_generation_config(folder: Path) -> GenerationConfig | None:
+    """What a model of this folder says about generation by itself; None where the folder says nothing.
+
+    A `final_model/` says in generation_config.json what its run decoded with, for programs that know nothing of recipes.
+    Read here as the model's own word, that would outlive a recipe that leaves it out.
+
+    Raises: EngineError E4.9 for a file that cannot be read.
+    """
+    from transformers import GenerationConfig
+
+    for name in (OWN_GENERATION_FILE, "generation_config.json"):
+        if (folder / name).is_file():
+            try:
+                return GenerationConfig.from_pretrained(folder, name, local_files_only=True)
+            except Exception as error:  # transformers raises many types on a bad configuration
+                what = f"generation settings refused: {first_line(error)}"
+                raise EngineError("E4.9", what, str(folder / name), "restore the file") from error
+    return None
 
 
 def align_generation_config(model: nn.Module, tokenizer: PreTrainedTokenizerFast, family: str) -> None:

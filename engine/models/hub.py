@@ -34,6 +34,7 @@ _ADAPTER_TASKS = {None, "CAUSAL_LM", "SEQ_2_SEQ_LM"}
 _CODE_IN_ADAPTER = ("auto_mapping", "corda_config", "eva_config", "lora_ga_config", "loftq_config", "megatron_config")
 
 BASE_FILE = "base_model.json"  # beside an adapter: which model it belongs to
+OWN_GENERATION_FILE = "own_generation_config.json"  # what a model says by itself, where a run has written over it
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,8 @@ def _unavailable(name: str, revision: str | None, error: Exception) -> EngineErr
 
 def check_folder(folder: Path, *, trust_remote_code: bool = False, weights: bool = True) -> None:
     """Refuse what could run code or read outside the folder. Cheap: JSON and file names only."""
-    for name in ("config.json", "tokenizer_config.json", "generation_config.json", "adapter_config.json"):
+    generation = ("generation_config.json", OWN_GENERATION_FILE)
+    for name in ("config.json", "tokenizer_config.json", "adapter_config.json", *generation):
         if (folder / name).is_file():
             _check_no_custom_code(folder / name, trust_remote_code)
     if is_adapter(folder):

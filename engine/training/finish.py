@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.errors import EngineError
 from engine.models import weights
+from engine.prediction import export
 from engine.runtime.atomic import read_json, write_json_atomically, write_text_atomically
 from engine.runtime.lock import taking_turns
 from engine.runtime.run_status import STATUS
@@ -39,12 +40,15 @@ def write_results(job: Job, test: list[Example]) -> dict[str, Any]:
     checkpoint = job.run_dir / f"checkpoint-{best}"
     with job.runtime.together("writing final_model"):
         if job.runtime.is_main:
-            write_final_model(checkpoint, job.run_dir)
+            write_final_model(checkpoint, job)
     test_metrics = _predict_test(job, test, checkpoint, best)
     record = _record(job, best, test_metrics)
     with job.runtime.together("writing results"):
         if job.runtime.is_main:
             append_result(Path(job.recipe.experiment.output_root) / "results.csv", _row(record))
+            write_text_atomically(
+                job.run_dir / "final_model" / "README.md", export.card(job.recipe, job.bundle, record)
+            )
             write_json_atomically(job.run_dir / "results.json", record)
     if record["best_value"] is not None:
         log.info("best at step %d: %s %.4g", best, record["best_metric"], record["best_value"])
@@ -52,12 +56,20 @@ def write_results(job: Job, test: list[Example]) -> dict[str, Any]:
     return record
 
 
-def write_final_model(checkpoint: Path, run_dir: Path) -> None:
-    """`final_model/`: the checkpoint's model files, the resolved recipe, and nothing that only a resume needs."""
+def write_final_model(checkpoint: Path, job: Job) -> None:
+    """`final_model/`: the checkpoint's model files, the resolved recipe, and nothing that only a resume needs.
+
+    Its generation_config.json holds the run's settings, so that other programs decode as this run did.
+    """
+    run_dir = job.run_dir
     final, partial = run_dir / "final_model", run_dir / ".tmp-final_model"
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(checkpoint, partial, ignore=lambda folder, names: _NOT_MODEL & set(names))
     shutil.copy2(run_dir / "recipe.yaml", partial / "recipe.yaml")
+    try:
+        export.write_generation_config(partial, job.bundle, job.recipe.generation)
+    except EngineError as error:  # settings that nothing in this run has used; the training is done
+        log.warning("final_model/generation_config.json stays the model's own: %s", error.what)
     shutil.rmtree(final, ignore_errors=True)
     os.replace(partial, final)
 
