@@ -85,9 +85,11 @@ def merge(adapter: Path, output: Path, base: str | None = None, precision: str =
     try:
         save_model(bundle, partial)
         copy_recipe(adapter, partial)
-        export.write_generation_config(partial, bundle, recipe_of(adapter).generation)
         alone = load_alone(partial, bundle, device)
         report["reloaded"] = compare(outputs(bundle.model, bundle), outputs(alone, bundle), stored, "reloaded")
+        recipe = recipe_of(adapter)
+        export.write_generation_config(partial, bundle, recipe.generation)  # after the checks, which decode greedily
+        (partial / "README.md").write_text(export.card(recipe, bundle), encoding="utf-8")
         (partial / "merge_report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         output.parent.mkdir(parents=True, exist_ok=True)
         partial.rename(output)

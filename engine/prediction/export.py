@@ -60,20 +60,21 @@ def only_ours(generation: Generation, family: str) -> list[str]:
     return found + [f"`{rule}`: {value}" for rule in sorted(RULES) if (value := getattr(generation, rule))]
 
 
-def card(recipe: Recipe, bundle: ModelBundle, record: dict[str, Any]) -> str:
+def card(recipe: Recipe, bundle: ModelBundle, record: dict[str, Any] | None = None) -> str:
     """The text of a model card: how the model was made, what it scored, and how it is loaded.
 
     Args:
-        record: what results.json holds.
+        record: what results.json holds; None for a model merged from an adapter, whose scores nobody measured.
     """
     data = {name: getattr(recipe.data, f"{name}_file") for name in ("train", "validation", "test")}
     made = [
         f"- recipe: `{recipe.experiment.name}`, in full in `recipe.yaml`",
         f"- base model: `{bundle.base.name}`" + (f" at `{bundle.base.revision}`" if bundle.base.revision else ""),
         *(f"- {name} data: `{Path(file).name}`" for name, file in data.items() if file),
-        f"- update {record['best_step']}, the best by {record['best_metric']}",
+        f"- {_origin(record)}",
     ]
-    scores = [_scores(name, record[key]) for name, key in (("validation", "metrics"), ("test", "test_metrics"))]
+    measured = {"validation": "metrics", "test": "test_metrics"} if record else {}
+    scores = [_scores(name, record[key]) for name, key in measured.items()]
     auto = "ForCausalLM" if bundle.family == "causal" else "ForSeq2SeqLM"
     adapted = weights.is_adapted(bundle.model)
     load = (_LOAD_ADAPTER if adapted else _LOAD).format(auto=("AutoPeftModel" if adapted else "AutoModel") + auto)
@@ -95,6 +96,13 @@ def card(recipe: Recipe, bundle: ModelBundle, record: dict[str, Any]) -> str:
         "\n".join(rules),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _origin(record: dict[str, Any] | None) -> str:
+    if record is None:
+        return "merged from an adapter"
+    judged = "the last" if record["best_value"] is None else f"the best by {record['best_metric']}"
+    return f"update {record['best_step']}, {judged}"
 
 
 def _scores(split: str, metrics: dict[str, Any] | None) -> str:

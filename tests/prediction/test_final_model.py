@@ -58,9 +58,11 @@ def save_model(family, folder):
     tokenizer.save_pretrained(folder)
 
 
-def trained(folder, family="bart", **changes):
-    """The folder of a run of two updates with SETTINGS."""
+def trained(folder, family="bart", own=None, **changes):
+    """The folder of a run of two updates with SETTINGS. own: what the model's generation_config.json says besides."""
     save_model(family, folder / "model")
+    path = folder / "model" / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | (own or {})), encoding="utf-8")
     prompt = "plain" if family in SEQ2SEQ else "instruction"
     settings = {f"generation__{name}": value for name, value in SETTINGS.items()}
     recipe = runs.write_recipe(folder, family, rows=8, **({"prompt__style": prompt} | settings | changes))
@@ -141,12 +143,13 @@ def test_an_adapter_and_its_merged_model_write_them_too(tmp_path, family, caplog
     spec.loader.exec_module(tool)
     merged = tmp_path / "merged"
     tool.merge(final, merged)
+    assert auto(family).__name__ in (merged / "README.md").read_text(encoding="utf-8")
     assert agreed(Predictor.from_run(merged), auto(family).from_pretrained(merged), merged, caplog) == texts
 
 
-def test_sampling_settings_and_greedy_search_are_saved_without_a_warning(tmp_path, caplog):
-    changes = {"generation__num_beams": 1, "generation__temperature": 0.7, "generation__top_p": 0.9}
-    final = trained(tmp_path, "llama", **changes) / "final_model"
+def test_greedy_search_with_a_model_that_would_sample_is_saved_without_a_warning(tmp_path, caplog):
+    own = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "max_length": 300}  # as Llama's and Qwen's say
+    final = trained(tmp_path, "llama", own=own, generation__num_beams=1) / "final_model"
     agreed(Predictor.from_run(tmp_path / "run"), auto("llama").from_pretrained(final), final, caplog)
 
 
