@@ -28,7 +28,8 @@ from engine.errors import EngineError  # noqa: E402
 from engine.runtime.run_folder import CHECKPOINT  # noqa: E402
 
 NOTHING_WRITTEN = "nothing was written"
-_NOT_THE_MODEL = {"manifest.json", "averaging.json", "trainer_state.json"}
+# The card tells of other scores.
+_NOT_THE_MODEL = {"manifest.json", "averaging.json", "trainer_state.json", "README.md"}
 
 
 def last_checkpoints(run: Path, count: int) -> list[Path]:

@@ -57,6 +57,8 @@ def merge(adapter: Path, output: Path, base: str | None = None, precision: str =
     from engine.models import hub
     from engine.models.bundle import save_model
     from engine.models.load import load_trained
+    from engine.prediction import export
+    from engine.prediction.predictor import recipe_of
 
     if output.exists():
         raise EngineError(
@@ -85,6 +87,9 @@ def merge(adapter: Path, output: Path, base: str | None = None, precision: str =
         copy_recipe(adapter, partial)
         alone = load_alone(partial, bundle, device)
         report["reloaded"] = compare(outputs(bundle.model, bundle), outputs(alone, bundle), stored, "reloaded")
+        recipe = recipe_of(adapter)
+        export.write_generation_config(partial, bundle, recipe.generation)  # after the checks, which decode greedily
+        (partial / "README.md").write_text(export.card(recipe, bundle), encoding="utf-8")
         (partial / "merge_report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         output.parent.mkdir(parents=True, exist_ok=True)
         partial.rename(output)

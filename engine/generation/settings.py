@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
 
 logger = logging.getLogger(__name__)
 
@@ -17,6 +21,7 @@ _NAMES_OF_TOKENS = (
     "sequence_bias",
 )
 _WRITTEN = ("decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id")
+_OF_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 _OURS = (
     *("repetition_scope", "block_scripts", "allow_scripts", "keep_source_words", "output_scores", "extra"),
     "cuda_graphs",
@@ -156,6 +161,21 @@ class GenerationSettings:
         if self.num_beams == 1:  # these mean nothing then, and transformers would warn of any other value
             arguments |= {"early_stopping": False, "length_penalty": 1.0}
         return arguments | dict(self.extra)
+
+    def written_into(self, model_generation_config: GenerationConfig) -> GenerationConfig:
+        """A copy of the model's own config that says what these settings say, for a plain `generate` without arguments.
+
+        What only our search knows (`_OURS`) is not in it, nor `stop_strings`, which need a tokenizer at each call.
+        """
+        made = copy.deepcopy(model_generation_config)
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _OURS} | dict(self.extra)
+        values |= self.generate_arguments(0) | {"max_new_tokens": self.max_new_tokens, "stop_strings": None}
+        values["max_length"] = self.max_length if self.max_new_tokens is None else None  # of two, transformers warns
+        if not self.do_sample:  # transformers does not save what has no effect
+            values |= dict.fromkeys(_OF_SAMPLING)
+        for name, value in values.items():
+            setattr(made, name, value)
+        return made
 
 
 def _settle_lengths(merged: dict[str, Any], given: Mapping[str, Any]) -> None:

@@ -83,20 +83,16 @@ def _sources(recipe: Recipe, lora: bool) -> tuple[Source, Path | None]:
             advice = "set model.name_or_path, or model.init=random with model.config.model_type"
             raise EngineError("E2.58", what, "model", advice)
         return Source(f"random {settings.config['model_type']}", settings.revision, None), None
-    trusted = settings.trust_remote_code
-    folder = hub.resolve(
-        settings.name_or_path,
-        revision=settings.revision,
-        trust_remote_code=trusted,
-        weights=settings.init == "pretrained",
-    )
+    rules = {"trust_remote_code": settings.trust_remote_code, "use_safetensors": settings.use_safetensors}
+    weights_too = settings.init == "pretrained"
+    folder = hub.resolve(settings.name_or_path, revision=settings.revision, weights=weights_too, **rules)
     if not hub.is_adapter(folder):
         return Source(settings.name_or_path, settings.revision, folder), None
     if not lora or settings.init == "random":
         what = "the model folder is an adapter, which can only be trained on as one"
         advice = "set lora.enabled=true and model.init=pretrained, or merge it first with tools/merge_adapter.py"
         raise EngineError("E2.46", what, str(folder), advice)
-    return hub.resolve_base(folder, trust_remote_code=trusted), folder
+    return hub.resolve_base(folder, **rules), folder
 
 
 def _pretrained_model(
@@ -123,8 +119,6 @@ def _random_model(
     device: torch.device,
 ) -> nn.Module:
     """Random weights of the configuration's shapes, on the device."""
-    from transformers import GenerationConfig
-
     multiple = recipe.tokenizer.pad_to_multiple_of or 1
     rows = -(-len(tokenizer) // multiple) * multiple
     fixed = recipe.model.name_or_path is not None or "vocab_size" in (recipe.model.config or {})
@@ -135,8 +129,8 @@ def _random_model(
         model = weights.auto_class(config).from_config(
             config, **weights.attention(recipe.model.attn_implementation), dtype=torch.float32
         )
-    if folder is not None and (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    if folder is not None and (own := configuration.own_generation_config(folder)) is not None:
+        model.generation_config = own
     return weights.cast(model, dtype).to(device)
 
 

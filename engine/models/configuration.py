@@ -11,11 +11,12 @@ from torch import nn
 
 from engine import families
 from engine.errors import EngineError
+from engine.models.hub import OWN_GENERATION_FILE
 from engine.recipe.dump import SECRET_KEYS
 from engine.runtime.faults import blaming
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedTokenizerFast
+    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
     from engine.recipe.schema import Model, Recipe
 
@@ -138,6 +139,23 @@ def _forget_forced_end(config: PreTrainedConfig) -> None:
     """BART's default configuration forces token 2 at the length limit; in a new vocabulary that is another token."""
     if _token(config, "forced_eos") is not None:
         config.forced_eos_token_id = None
+
+
+def own_generation_config(folder: Path) -> GenerationConfig | None:
+    """What a model of this folder says about generation by itself; None where the folder says nothing.
+
+    A `final_model/` says in generation_config.json what its run decoded with, for programs that know nothing of recipes.
+    Read here as the model's own word, that would outlive a recipe that leaves it out.
+
+    Raises: EngineError E4.9 for a file that cannot be read.
+    """
+    from transformers import GenerationConfig
+
+    for name in (OWN_GENERATION_FILE, "generation_config.json"):
+        if (folder / name).is_file():
+            with blaming("E4.9", "generation settings refused", folder / name, "restore the file"):
+                return GenerationConfig.from_pretrained(folder, name, local_files_only=True)
+    return None
 
 
 def align_generation_config(model: nn.Module, tokenizer: PreTrainedTokenizerFast, family: str) -> None:

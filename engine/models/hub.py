@@ -1,6 +1,6 @@
 """Where models come from: hub ids and folders turned into a checked local folder, before any file of it is loaded.
 
-A model folder is somebody else's data. Nothing in it may run code here, so pickle weights, custom code, odd adapter
+A model folder is somebody else's data. Nothing in it may run code here, so pickled adapters, custom code, odd adapter
 types and shard indexes that point elsewhere are refused by name, before transformers or peft see the folder. Their own
 switches (`use_safetensors`, `trust_remote_code`, `local_files_only`) are set as well, but of these four transformers
 refuses only the pickles: it passes over custom code, and follows indexes and links out of the folder.
@@ -20,6 +20,7 @@ from typing import Any
 
 from engine.checkpoints.manifest import PICKLES
 from engine.errors import EngineError
+from engine.models import pickled
 from engine.runtime import atomic
 from engine.runtime.faults import blaming
 
@@ -27,14 +28,15 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+_PICKLED_FILES = ["pytorch_model*.bin"]  # fetched where a repository has no safetensors
 _HUB_SKIPPED = ["*/*", "consolidated*", "*.msgpack.index.json"]  # subfolders hold other formats of the same weights
 _HUB_TIMEOUT = 8  # seconds until the hub counts as unreachable
-_SAMPLES, _SAMPLE_BYTES = 64, 65536  # of each weight file: enough to tell two trainings apart, quick for 16 GB
 _ADAPTER_TASKS = {None, "CAUSAL_LM", "SEQ_2_SEQ_LM"}
 # These keys import a module, or read files written by pickle, or belong to methods that need such files.
 _CODE_IN_ADAPTER = ("auto_mapping", "corda_config", "eva_config", "lora_ga_config", "loftq_config", "megatron_config")
 
 BASE_FILE = "base_model.json"  # beside an adapter: which model it belongs to
+OWN_GENERATION_FILE = "own_generation_config.json"  # what a model says by itself, where a run has written over it
 
 
 @dataclass(frozen=True)
@@ -84,21 +86,51 @@ def has_weights(folder: Path) -> bool:
     return any(path.suffix in {".safetensors", *PICKLES} for path in folder.iterdir())
 
 
-def resolve(name: str, *, revision: str | None = None, trust_remote_code: bool = False, weights: bool = True) -> Path:
+def resolve(
+    name: str,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    weights: bool = True,
+    use_safetensors: bool | None = None,
+) -> Path:
     """The local folder of a model, tokenizer or adapter; hub ids are downloaded or found in the hub cache.
 
     Args:
         name: an existing folder, or a hub id.
         weights: False leaves the weights where they are: configuration and tokenizer files only.
+        use_safetensors: True refuses pickled weights. None reads them where there are no others: the folder is then the
+            safetensors copy of the one that was found.
 
     Raises:
         EngineError: E4.1 where it cannot be had, E4.2 to E4.5 where it may not be loaded.
     """
     check_remote_code_settings(trust_remote_code, revision)
     with blaming_folder(name):
-        path = Path(name).expanduser()
-        folder = path if path.is_dir() else _download(name, revision, weights, code=trust_remote_code)
+        allowed = weights and use_safetensors is not True
+        folder = find(name, revision, weights=weights, allow_pickled=allowed, code=trust_remote_code)
+        if allowed and pickled.only_pickled(folder):
+            check_pickled_folder(folder, trust_remote_code=trust_remote_code)
+            folder = pickled.cached_copy(folder, code=trust_remote_code)
         check_folder(folder, trust_remote_code=trust_remote_code, weights=weights)
+    return folder
+
+
+def find(
+    name: str, revision: str | None = None, *, weights: bool = True, allow_pickled: bool = False, code: bool = False
+) -> Path:
+    """A folder as it is, or the snapshot of a hub id; unchecked. Raises: EngineError E4.1 where it cannot be had."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if not _HUB_ID.fullmatch(name):
+        raise EngineError("E4.1", "no such model folder, and not a hub id either", name, "check the path")
+    patterns = [pattern for pattern in _HUB_FILES if weights or pattern != "*.safetensors"] + ["*.py"] * code
+    folder = _download(name, revision, patterns)
+    if weights and allow_pickled and not is_adapter(folder) and not any(folder.glob("*.safetensors")):
+        # At the commit just found: a branch may move between the two.
+        commit = folder.name if _COMMIT.fullmatch(folder.name) else revision
+        folder = _download(name, commit, _PICKLED_FILES)
     return folder
 
 
@@ -110,12 +142,9 @@ def check_remote_code_settings(trust_remote_code: bool, revision: str | None) ->
         raise EngineError("E2.54", what, f"model.revision={revision}", advice)
 
 
-def _download(name: str, revision: str | None, weights: bool, *, code: bool) -> Path:
-    if not _HUB_ID.fullmatch(name):
-        raise EngineError("E4.1", "no such model folder, and not a hub id either", name, "check the path")
+def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
-    patterns = [pattern for pattern in _HUB_FILES if weights or pattern != "*.safetensors"] + ["*.py"] * code
     try:
         kept = {"allow_patterns": patterns, "ignore_patterns": _HUB_SKIPPED}
         return Path(snapshot_download(name, revision=revision, etag_timeout=_HUB_TIMEOUT, **kept))
@@ -146,13 +175,20 @@ def _unavailable(name: str, revision: str | None, error: Exception) -> EngineErr
 
 def check_folder(folder: Path, *, trust_remote_code: bool = False, weights: bool = True) -> None:
     """Refuse what could run code or read outside the folder. Cheap: JSON and file names only."""
-    for name in ("config.json", "tokenizer_config.json", "generation_config.json", "adapter_config.json"):
+    generation = ("generation_config.json", OWN_GENERATION_FILE)
+    for name in ("config.json", "tokenizer_config.json", "adapter_config.json", *generation):
         if (folder / name).is_file():
             _check_no_custom_code(folder / name, trust_remote_code)
     if is_adapter(folder):
         check_adapter_config(folder)
     if weights:
         _check_weights(folder)
+
+
+def check_pickled_folder(folder: Path, *, trust_remote_code: bool = False) -> None:
+    """As `check_folder`, for a folder whose weights are pickle files that the restricted reader will open."""
+    check_folder(folder, trust_remote_code=trust_remote_code, weights=False)
+    _check_links(folder, sorted(folder.glob("pytorch_model*.bin")))
 
 
 def _check_no_custom_code(path: Path, trusted: bool) -> None:
@@ -176,20 +212,24 @@ def _non_empty_keys(value: Any) -> set[str]:
 def _check_weights(folder: Path) -> None:
     for path in sorted(folder.glob("*.safetensors.index.json")):
         _check_shard_index(path)
-    inside = folder.resolve()
     shards = sorted(folder.glob("*.safetensors"))
+    _check_links(folder, shards)
+    if not shards:
+        what = "the folder holds no weights (*.safetensors)"
+        if pickles := sorted(p.name for p in folder.iterdir() if p.suffix.lower() in PICKLES):
+            what = f"the weights are in pickle files only ({', '.join(pickles[:3])}), which can run code when they are read"
+        advice = "leave model.use_safetensors empty: pytorch_model.bin then goes through a reader that runs nothing"
+        raise EngineError("E4.3", what, str(folder), advice)
+
+
+def _check_links(folder: Path, shards: list[Path]) -> None:
+    inside = folder.resolve()
     # The hub cache links from snapshots/<commit>/ to blobs/ of the same repository, which is the boundary there.
     boundary = inside.parent.parent if inside.parent.name == "snapshots" else inside
     for shard in shards:
         if not shard.resolve().is_relative_to(boundary):
             what = "a weight file is a link that leaves the model folder"
             raise EngineError("E4.4", what, str(shard), "copy the file in")
-    if not shards:
-        what = "the folder holds no weights (*.safetensors)"
-        if pickles := sorted(p.name for p in folder.iterdir() if p.suffix.lower() in PICKLES):
-            what = f"the weights are in pickle files only ({', '.join(pickles[:3])}), which can run code when they are read"
-        advice = "older models come as pickle files: convert once with python tools/convert_weights.py NAME FOLDER"
-        raise EngineError("E4.3", what, str(folder), advice)
 
 
 def _check_shard_index(path: Path) -> None:
@@ -237,6 +277,8 @@ def identify(source: Source) -> BaseIdentity:
     revision, folder = source.revision, source.folder.resolve()
     if revision is None and folder.parent.name == "snapshots" and _COMMIT.fullmatch(folder.name):
         revision = folder.name
+    elif revision is None and (folder / pickled.ORIGIN_FILE).is_file():
+        revision = read_json(folder / pickled.ORIGIN_FILE).get("commit")
     return BaseIdentity(source.name, revision, config_hash(read_json(folder / "config.json")), weights_hash(folder))
 
 
@@ -247,10 +289,7 @@ def weights_hash(folder: Path) -> str | None:
     for shard in shards:
         size = shard.stat().st_size
         digest.update(f"{shard.name} {size}".encode())
-        with shard.open("rb") as file:
-            for sample in range(_SAMPLES):
-                file.seek(max(0, size - _SAMPLE_BYTES) * sample // (_SAMPLES - 1))
-                digest.update(file.read(_SAMPLE_BYTES))
+        atomic.add_samples(digest, shard)
     return digest.hexdigest() if shards else None
 
 
@@ -289,7 +328,12 @@ def base_record(adapter: Path) -> dict[str, Any]:
 
 
 def resolve_base(
-    adapter: Path, name: str | None = None, *, trust_remote_code: bool = False, weights: bool = True
+    adapter: Path,
+    name: str | None = None,
+    *,
+    trust_remote_code: bool = False,
+    weights: bool = True,
+    use_safetensors: bool | None = None,
 ) -> Source:
     """The base of a checked adapter folder, found and held against the hashes that were kept with the adapter.
 
@@ -302,7 +346,8 @@ def resolve_base(
     revision = None
     if name is None:
         name, revision = _base_of_adapter(adapter)
-    folder = resolve(name, revision=revision, trust_remote_code=trust_remote_code, weights=weights)
+    rules = {"trust_remote_code": trust_remote_code, "use_safetensors": use_safetensors}
+    folder = resolve(name, revision=revision, weights=weights, **rules)
     source = Source(name, revision, folder)
     if weights:
         _check_base(adapter, source)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from engine import families
 from engine.errors import EngineError
 from engine.generation.modelstate import bare
-from engine.models import adapters, hub
+from engine.models import adapters, configuration, hub
 from engine.runtime.faults import blaming
 
 if TYPE_CHECKING:
@@ -76,8 +76,10 @@ def load_folder(
     missing = sorted(info["missing_keys"])
     if missing:
         names = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
-        what = f"{len(missing)} weights are missing and would be random: {names}"
+        what = f"{len(missing)} weights are missing and would be random: the files lack {names}"
         raise EngineError("E4.8", what, str(folder), "use a checkpoint of the whole model with its output head")
+    if (folder / hub.OWN_GENERATION_FILE).is_file():
+        model.generation_config = configuration.own_generation_config(folder)
     if is_untied(model):
         # T5's configuration always says "tied"; believed, it would overwrite the output head at the next resize.
         model.config.tie_word_embeddings = False

@@ -68,6 +68,7 @@ class Model(Section):
     config: dict[str, Any] | None = Field(None, description="Values of a transformers config (with `model_type`); for init: random, or laid over the file at name_or_path.")
     revision: str | None = Field(None, description="Branch, tag or 40-digit commit of the hub repository.")
     trust_remote_code: bool = Field(False, description="Run code shipped with the model; needs a pinned 40-digit revision.")
+    use_safetensors: bool | None = Field(None, description="true refuses pickled weights (pytorch_model.bin); null reads them, tensors only, where there are no others.")
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] | None = Field(None, description="Attention kernels; null lets transformers choose.")
     dropout: Ratio | None = Field(None, description="Replaces the model's own dropout probabilities (hidden, attention and activation where present).")
 

@@ -14,7 +14,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engine.errors import EngineError
 from engine.models import weights
+from engine.prediction import export
 from engine.runtime.atomic import read_json, remove_partials, write_json_atomically, write_text_atomically
 from engine.runtime.faults import blaming
 from engine.runtime.lock import taking_turns
@@ -40,23 +42,34 @@ def write_results(job: Job, test: list[Example]) -> dict[str, Any]:
     checkpoint = job.run_dir / f"checkpoint-{best}"
     with job.runtime.ranks.together("writing final_model"):
         if job.runtime.is_main:
-            write_final_model(checkpoint, job.run_dir)
+            write_final_model(checkpoint, job)
     test_metrics = _predict_test(job, test, checkpoint, best)
     record = _record(job, best, test_metrics)
     with job.runtime.ranks.together("writing results"):
         if job.runtime.is_main:
             append_result(Path(job.recipe.experiment.output_root) / "results.csv", _row(record))
+            write_text_atomically(
+                job.run_dir / "final_model" / "README.md", export.card(job.recipe, job.bundle, record)
+            )
             write_json_atomically(job.run_dir / "results.json", record)
     tell_results(record, job.run_dir, job.recipe)
     return record
 
 
-def write_final_model(checkpoint: Path, run_dir: Path) -> None:
-    """`final_model/`: the checkpoint's model files, the resolved recipe, and nothing that only a resume needs."""
+def write_final_model(checkpoint: Path, job: Job) -> None:
+    """`final_model/`: the checkpoint's model files, the resolved recipe, and nothing that only a resume needs.
+
+    Its generation_config.json holds the run's settings, so that other programs decode as this run did.
+    """
+    run_dir = job.run_dir
     final, partial = run_dir / "final_model", run_dir / ".tmp-final_model"
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(checkpoint, partial, ignore=lambda folder, names: _NOT_MODEL & set(names))
     shutil.copy2(run_dir / "recipe.yaml", partial / "recipe.yaml")
+    try:
+        export.write_generation_config(partial, job.bundle, job.recipe.generation)
+    except EngineError as error:  # settings that nothing in this run has used; the training is done
+        log.warning("final_model/generation_config.json stays the model's own: %s", error.what)
     shutil.rmtree(final, ignore_errors=True)
     os.replace(partial, final)
 

@@ -44,7 +44,8 @@ class Canary:
         return (os.mkdir, (str(self.path),))
 
 
-def test_pickle_weights_are_refused_unread(tmp_path):
+def test_pickle_weights_are_refused_unread(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
     folder = tiny.save("bart", tmp_path / "m")
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Canary(tmp_path / "sprung")))
