@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 from transformers import StoppingCriteriaList, StopStringCriteria
+from transformers.generation import logits_process as hf
 from transformers.generation.utils import GENERATION_MODES_MAPPING
 from transformers.modeling_outputs import BaseModelOutput
 
 from engine.generation.encoder import encode
-from engine.generation.processors import OutputOnly, VocabularyMask, hf
+from engine.generation.processors import OutputOnly, VocabularyMask
 from engine.generation.search import Decoded, HandedBack, Search, logger, unverified
 
 _told: set[str] = set()

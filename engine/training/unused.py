@@ -60,7 +60,7 @@ def wrap(model: nn.Module, runtime: Runtime, *, irregular: bool) -> nn.Module:
     Each rank drops layers of its own. Dropping none on several ranks would train another model than one rank does, so
     DistributedDataParallel looks at every backward pass for what it used. That search costs time: only these models pay it.
     """
-    if runtime.any_rank(irregular) and runtime.world_size > 1:
+    if runtime.ranks.any_rank(irregular) and runtime.world_size > 1:
         from accelerate import DistributedDataParallelKwargs
 
         runtime.accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
