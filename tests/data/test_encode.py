@@ -1,4 +1,4 @@
-"""Tokens, labels, truncation and batches, on small tokenizers made here and on the real ones where they lie at hand."""
+"""Tokens, labels and truncation, on small tokenizers made here and on the real ones where they lie at hand."""
 
 from __future__ import annotations
 
@@ -10,34 +10,18 @@ from pathlib import Path
 
 import pytest
 import tiny
-import torch
+from encoders import DIALOGUE, SUMMARY, encoder, example, settings, tiny_llama
 
 from engine.data import rows as data_rows
-from engine.data.collate import IGNORE_INDEX, collate_causal, collate_seq2seq
+from engine.data.collate import IGNORE_INDEX, collate_seq2seq
 from engine.data.encode import Feature, TextEncoder, encode_all, length_report
-from engine.data.prompts import PromptSettings
 from engine.data.rows import Example
 from engine.errors import EngineError
-from engine.recipe.schema import PLACEHOLDERS, Data, Prompt
+from engine.recipe.schema import PLACEHOLDERS, Data
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason="no real data beside the checkout")
 STYLES = ("plain", "instruction", "chat")
-DIALOGUE = tiny.TEXTS[0]
-SUMMARY = tiny.TEXTS[5]
-
-
-def example(dialogue: str = DIALOGUE, *references: str, topic: str | None = None) -> Example:
-    return Example("id_1", dialogue, references or (SUMMARY,), topic, 1, "rows.csv")
-
-
-def settings(style: str = "plain", **changes) -> PromptSettings:
-    return PromptSettings(**Prompt(style=style).model_dump() | changes)
-
-
-def encoder(family: str, style: str = "plain", *, source: int = 512, target: int = 128, tokenizer=None) -> TextEncoder:
-    kind = "causal" if family in tiny.CAUSAL else "seq2seq"
-    return TextEncoder(tokenizer or tiny.tokenizer(family), kind, settings(style), source, target)
 
 
 def supervised(feature: Feature) -> list[int]:
@@ -119,12 +103,6 @@ def test_only_the_answer_and_its_end_are_supervised(style, kind):
         assert feature.length == len(feature.input_ids)
 
 
-def tiny_llama(kind: str):
-    made = tiny.tokenizer("llama", kind=kind)
-    made.chat_template = tiny.CHAT_TEMPLATE
-    return made
-
-
 @pytest.mark.parametrize("style", STYLES)
 def test_long_dialogues_lose_their_oldest_turns(style):
     turns = [f"#Person{1 + i % 2}#: {i}번째 말을 합니다." for i in range(60)]
@@ -154,19 +132,6 @@ def test_no_room_for_a_dialogue_names_the_length_that_would_do():
     wanted = int(str(caught.value).rsplit("to ", 1)[1].split()[0])
     assert caught.value.exit_code == 2 and "id_1" in str(caught.value)
     encoder("llama", "instruction", source=wanted).training_feature(example(), 0)
-
-
-def test_pad_equal_to_eos_never_masks_the_end_token():
-    tokenizer = tiny_llama("unigram")
-    tokenizer.pad_token = tokenizer.eos_token
-    made = encoder("llama", "instruction", tokenizer=tokenizer)
-    features = [made.training_feature(example(d, s), 0) for d, s in zip(tiny.TEXTS, tiny.TEXTS[5:], strict=False)]
-    batch = collate_causal(features, pad_token_id=tokenizer.pad_token_id)
-    for row, feature in enumerate(features):
-        length = len(feature.input_ids)
-        assert batch["labels"][row, length - 1] == tokenizer.eos_token_id
-        assert (batch["labels"][row, length:] == IGNORE_INDEX).all()
-        assert batch["attention_mask"][row].sum() == length
 
 
 def test_long_answers_are_cut_before_their_end_token_and_counted():
@@ -320,65 +285,12 @@ def test_text_outside_the_vocabulary_is_reported():
     assert report["unknown"] == 0.25 and "25 % of all tokens are unknown" in report["text"]
 
 
-# Batches
-
-
-def test_encoder_decoder_batch():
-    features = [Feature([5, 6, 7], [8, 9, 1], 0), Feature([5], [8, 1], 1)]
-    batch = collate_seq2seq(features, pad_token_id=3, decoder_start_token_id=2)
-    assert {name: tensor.tolist() for name, tensor in batch.items()} == {
-        "input_ids": [[5, 6, 7], [5, 3, 3]],
-        "attention_mask": [[1, 1, 1], [1, 0, 0]],
-        "labels": [[8, 9, 1], [8, 1, IGNORE_INDEX]],
-        "decoder_input_ids": [[2, 8, 9], [2, 8, 3]],
-    }
-    assert all(tensor.dtype == torch.int64 for tensor in batch.values())
-    assert [feature.length for feature in features] == [6, 3]
-    without = collate_seq2seq([Feature([5], None, 0)], pad_token_id=3, decoder_start_token_id=2)
-    assert set(without) == {"input_ids", "attention_mask"}
-
-
-def test_causal_batch():
-    features = [Feature([5, 6, 1], [IGNORE_INDEX, 6, 1], 0), Feature([5, 6, 7, 1], [IGNORE_INDEX] * 2 + [7, 1], 1)]
-    batch = collate_causal(features, pad_token_id=1)
-    assert {name: tensor.tolist() for name, tensor in batch.items()} == {
-        "input_ids": [[5, 6, 1, 1], [5, 6, 7, 1]],
-        "attention_mask": [[1, 1, 1, 0], [1, 1, 1, 1]],
-        "labels": [[IGNORE_INDEX, 6, 1, IGNORE_INDEX], [IGNORE_INDEX, IGNORE_INDEX, 7, 1]],
-    }
-    assert [feature.length for feature in features] == [3, 4]
-
-
-def test_batches_refuse_nothing_and_mixtures():
-    with pytest.raises(ValueError, match="at least one"):
-        collate_causal([], pad_token_id=0)
-    with pytest.raises(ValueError, match="have none"):
-        collate_causal([Feature([1], [1], 0), Feature([1], None, 1)], pad_token_id=0)
-
-
 def test_padding_does_not_depend_on_the_tokenizers_state():
     tokenizer = tiny.tokenizer("llama")
     expected = encode_all(encoder("llama", tokenizer=tokenizer), [example()])
     tokenizer.padding_side = tokenizer.truncation_side = "left"
     tokenizer("길게", truncation=True, max_length=1, padding="max_length")
     assert encode_all(encoder("llama", tokenizer=tokenizer), [example()]) == expected
-
-
-def test_the_loss_of_the_labels_is_transformers_own():
-    """Shift, start token and masks as the models themselves do them."""
-    from engine.training.losses import summed_cross_entropy, supervised_tokens
-
-    for family in ("bart", "llama"):
-        made, model = encoder(family), tiny.model(family, len(tiny.tokenizer(family)))
-        features = encode_all(
-            made, [example(text, summary) for text, summary in zip(tiny.TEXTS, tiny.TEXTS[5:], strict=False)]
-        )
-        collate = collate_causal if family == "llama" else collate_seq2seq
-        start = {} if family == "llama" else {"decoder_start_token_id": model.config.decoder_start_token_id}
-        batch = collate(features, pad_token_id=made.tokenizer.pad_token_id, **start)
-        own = model(**{name: batch[name] for name in ("input_ids", "attention_mask", "labels")}).loss
-        ours = summed_cross_entropy(model, batch) / supervised_tokens(batch)
-        torch.testing.assert_close(ours, own, rtol=1e-5, atol=1e-6)
 
 
 # Real tokenizers and dialogues
