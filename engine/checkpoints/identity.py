@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.errors import EngineError
 from engine.recipe.dump import without_secrets
+from engine.recipe.schema import SECTIONS
 
 if TYPE_CHECKING:
     from engine.recipe.schema import Recipe
@@ -25,6 +26,7 @@ FREE = (
     "training.logging_steps",
     "evaluation.num_samples",
     "runtime.timeout_seconds",
+    "model.use_safetensors",
 )
 # Keys that may change when the user says so: the run stays well defined, though no longer the same bit for bit.
 ALLOWABLE = (
@@ -63,6 +65,13 @@ def identity_of(recipe: Recipe, **facts: Any) -> dict[str, Any]:
     return {key: value for key, value in sorted(merged.items()) if not _any_match(key, FREE)}
 
 
+def _default(key: str, missing: object) -> object:
+    """What a recipe says where it does not name the key; `missing` for facts that are no keys of a recipe."""
+    section, _, name = key.partition(".")
+    field = SECTIONS[section].model_fields.get(name) if section in SECTIONS else None
+    return missing if field is None else json.loads(json.dumps(field.get_default(call_default_factory=True)))
+
+
 def _any_match(key: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(key, pattern) for pattern in patterns)
 
@@ -81,7 +90,10 @@ def changes(stored: Mapping[str, Any], current: Mapping[str, Any], allowed: Sequ
     Raises:
         EngineError: E5.5 naming every other difference, with both values.
     """
-    missing, stored = object(), without_secrets(dict(stored))  # earlier versions kept them
+    missing = object()
+    # A key that the checkpoint's version did not know stood at its default; and earlier versions kept secrets.
+    unnamed = {key: value for key, value in current.items() if value == _default(key, missing)}
+    stored = unnamed | without_secrets({key: value for key, value in stored.items() if not _any_match(key, FREE)})
     differing = {
         key: f"{key}: {_shown(stored.get(key, missing), missing)} -> {_shown(current.get(key, missing), missing)}"
         for key in sorted({*stored, *current})

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 from engine import Predictor
 from engine.data.rows import Example
 
-OTHERS = ("marian", "pegasus", "mbart", "mt5", "gpt2", "mistral", "qwen2", "gemma")
+OTHERS = ("marian", "pegasus", "mbart", "mt5", "gpt2", "mistral", "phi3", "gemma")
 FAMILIES = tiny.FAMILIES + (OTHERS if os.environ.get("FULL_TESTS") else ())
 SETTINGS = {
     "num_beams": 4,
