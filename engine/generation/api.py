@@ -1,5 +1,9 @@
 """`generate` for one batch of tensors, `generate_all` for prompts of any lengths, `generate_batch` for a planned batch.
 
+Where our own search runs, an example alone and in any batch has the same result in exact arithmetic. In float32, sums are
+rounded differently in other company, so where two hypotheses tie to the last digits the other one may win. What is handed
+back to transformers (see `fallback`) keeps what `generate` promises, which for some positions depends on the batch.
+
 Shapes: B examples, S prompt or source tokens, K beams, R returned sequences per example, T most new tokens,
 L new tokens of the longest result, V vocabulary.
 """

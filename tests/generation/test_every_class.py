@@ -17,7 +17,7 @@ from every_class import CLASSES, VOCABULARY, NotBuilt, build
 from generation_toys import assert_equal, batch, decode, one_thread, reference, resolved  # noqa: F401
 
 from engine import families
-from engine.generation import fallback
+from engine.generation import fallback, search
 from engine.generation.api import generate_all
 
 FULL = "FULL_TESTS" in os.environ
