@@ -54,10 +54,10 @@ _RULES = [(re.compile(pattern), value) for pattern, value in _SIZES]
 # Tried in turn: some classes want as many key heads as heads, or more layers until all kinds of them are there.
 _SHAPES = [
     {"layers": layers, "key_heads": key_heads, "dtype": dtype, "text_only": text_only}
-    for dtype in (torch.float64, torch.float32)
     for text_only in (False, True)
     for layers in (2, 4, 8)
     for key_heads in (2, 4)
+    for dtype in (torch.float64, torch.float32)
 ]
 
 
@@ -70,8 +70,13 @@ def build(kind: str, encoder_decoder: bool, seed: int, **overrides: Any) -> torc
 
     Raises: NotBuilt.
     """
-    reasons = []
+    reasons: list[str] = []
+    composed = CONFIG_MAPPING[kind].sub_configs and not encoder_decoder
     for shape in _SHAPES:
+        if shape["text_only"] and not composed:
+            break
+        if shape["dtype"] == torch.float32 and not re.search("Double|double|float", reasons[-1]):
+            continue
         try:
             model = _make(kind, encoder_decoder, seed, shape, overrides)
             _run(model)

@@ -17,7 +17,7 @@ from generation_toys import (
 )
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, StopStringCriteria
 
-from engine.generation import encoder
+from engine.generation import encoder, linears
 from engine.generation.api import generate, generate_all
 
 PATH = "engine.generation.search"
@@ -142,6 +142,17 @@ def test_told_once_per_process(told):
 
 def stranger():
     return tiny("opt", hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32)
+
+
+@pytest.mark.parametrize("make", [stranger, lambda: build("qwen3")])
+def test_layers_are_replaced_only_in_what_is_ours(make, monkeypatch):
+    monkeypatch.setattr(linears, "MIN_WEIGHTS_TO_PACK", 1)
+    model, packed = make().float(), set()
+    head = model.get_output_embeddings()
+    inner = model.forward
+    monkeypatch.setattr(model, "forward", lambda *a, **k: packed.add("forward" in head.__dict__) or inner(*a, **k))
+    generate(model, **batch(model), settings=resolved(model, num_beams=1, max_new_tokens=9))
+    assert packed == {model.config.model_type == "qwen3" and linears._packing_works()}
 
 
 def test_samples_come_from_the_generator_given():
