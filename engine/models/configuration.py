@@ -111,23 +111,32 @@ def align_config(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast, f
     given = settings.config or {}
     fresh = settings.init == "random"
     config.pad_token_id = tokenizer.pad_token_id
-    if fresh or config.eos_token_id is None:
+    if fresh or _token(config, "eos") is None:
         config.eos_token_id = tokenizer.eos_token_id
-    if (fresh or config.bos_token_id is None) and tokenizer.bos_token_id is not None:
+    if (fresh or _token(config, "bos") is None) and tokenizer.bos_token_id is not None:
         config.bos_token_id = tokenizer.bos_token_id
     if family == "causal":
         return
     own_tokenizer_trained = fresh and "decoder_start_token_id" not in given and settings.name_or_path is None
-    if own_tokenizer_trained or config.decoder_start_token_id is None:
-        with_pad = families.of(config.model_type).starts_with_pad
-        config.decoder_start_token_id = tokenizer.pad_token_id if with_pad else tokenizer.eos_token_id
+    if own_tokenizer_trained or _token(config, "decoder_start") is None:
+        config.decoder_start_token_id = _usual_start(config, tokenizer)
     if fresh and settings.name_or_path is None and "forced_eos_token_id" not in given:
         _forget_forced_end(config)
 
 
+def _token(config: PreTrainedConfig, role: str) -> int | list[int] | None:
+    """The id of a role (eos, bos, ...), or None: configurations declare only the roles that their family had."""
+    return getattr(config, f"{role}_token_id", None)
+
+
+def _usual_start(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast) -> int:
+    with_pad = families.of(config.model_type).starts_with_pad
+    return tokenizer.pad_token_id if with_pad else tokenizer.eos_token_id
+
+
 def _forget_forced_end(config: PreTrainedConfig) -> None:
     """BART's default configuration forces token 2 at the length limit; in a new vocabulary that is another token."""
-    if getattr(config, "forced_eos_token_id", None) is not None:
+    if _token(config, "forced_eos") is not None:
         config.forced_eos_token_id = None
 
 
@@ -139,4 +148,6 @@ def align_generation_config(model: nn.Module, tokenizer: PreTrainedTokenizerFast
     if tokenizer.eos_token_id not in ends:
         generation.eos_token_id = [*ends, tokenizer.eos_token_id] if ends else tokenizer.eos_token_id
     if family == "seq2seq":
+        if _token(model.config, "decoder_start") is None:
+            model.config.decoder_start_token_id = _usual_start(model.config, tokenizer)
         generation.decoder_start_token_id = model.config.decoder_start_token_id
