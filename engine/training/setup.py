@@ -19,7 +19,7 @@ from engine.models.blueprint import blueprint
 from engine.prediction.summarizer import Summarizer
 from engine.recipe.dump import dump
 from engine.runtime.atomic import write_text_atomically
-from engine.training import optim
+from engine.training import optim, unused
 from engine.training.batch_size import with_fitting_batch
 from engine.training.evaluation import Split, try_scoring
 from engine.training.job import Job, Learner, TrainingRows
@@ -85,9 +85,10 @@ def prepare(
     with runtime.ranks.together("tokenising"):
         features = encode.encode_all(encoder, splits.train, augment=recipe.data.instruction_augmentation)
         dev = Split.of("dev", splits.dev, encoder).subset(recipe.evaluation.max_samples) if splits.dev else None
-    model = runtime.accelerator.prepare(
-        bundle.model.train()
-    )  # from_pretrained returns it in eval mode, without dropout
+    bundle.model.train()  # from_pretrained returns it in eval mode, without dropout
+    with runtime.together("trying one row"):
+        irregular = unused.keep_out(bundle, features, runtime)
+    model = unused.wrap(bundle.model, runtime, irregular=irregular)
 
     # Sampler, the checkpoint's identity and recipe.yaml must all know the batch that is trained, so it is tried first.
     if recipe.training.auto_batch_size:
