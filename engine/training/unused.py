@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from engine.runtime.process import Runtime
 
 log = logging.getLogger("engine.train")
+# A weight of one expert among modules of their own; where all of them are one tensor, it always has a gradient.
+_ONE_EXPERT = re.compile(r"\bexperts\.\w*\d+\.")
 
 
 def keep_out(bundle: ModelBundle, features: list[Feature], runtime: Runtime) -> bool:
@@ -41,14 +44,14 @@ def keep_out(bundle: ModelBundle, features: list[Feature], runtime: Runtime) -> 
     model = bundle.model
     without = _without_gradient(bundle, features, runtime)
     # Another row may choose an expert that this one did not: those keep their chance.
-    experts = [name for name in without if "expert" in name]
-    frozen = {name: parameter for name, parameter in without.items() if name not in experts}
+    frozen = {name: parameter for name, parameter in without.items() if not _ONE_EXPERT.search(name)}
     for parameter in frozen.values():
         parameter.requires_grad_(False)
     if frozen:
         bundle.report["trainable_parameters"] -= sum(parameter.numel() for parameter in frozen.values())
         log.info("kept out of training, as no gradient reaches them: %s", ", ".join(frozen))
-    return bool(experts) or any(getattr(module, "layerdrop", 0.0) for module in model.modules())
+    chosen = any(_ONE_EXPERT.search(name) for name, p in model.named_parameters() if p.requires_grad)
+    return chosen or any(getattr(module, "layerdrop", 0.0) for module in model.modules())
 
 
 def wrap(model: nn.Module, runtime: Runtime, *, irregular: bool) -> nn.Module:

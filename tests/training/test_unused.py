@@ -14,6 +14,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
+from engine.data.encode import Feature
+from engine.errors import EngineError
+from engine.models.build import build_model
+from engine.recipe.schema import Recipe
+from engine.runtime.process import start
+from engine.training import unused
+
 IDS = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "decoder_start_token_id": 3}
 BART = {
     "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
@@ -21,19 +28,21 @@ BART = {
     "decoder_layerdrop": 0.0, "forced_eos_token_id": None,
 }  # fmt: skip
 T5 = {"d_model": 32, "d_ff": 64, "d_kv": 8, "num_layers": 2, "num_heads": 4}
+SWITCH = {"num_experts": 4, "expert_capacity": 64, "num_sparse_encoder_layers": 1, "router_jitter_noise": 0.0}
 LED = {"max_encoder_position_embeddings": 128, "max_decoder_position_embeddings": 128, "attention_window": 16}
 PROPHETNET = {
     "hidden_size": 32, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "num_encoder_layers": 2, "num_decoder_layers": 2,
     "num_encoder_attention_heads": 4, "num_decoder_attention_heads": 4, "max_position_embeddings": 128,
 }  # fmt: skip
 TOYS = {
+    "bart": BART,
     "pegasus": BART,
     "led": BART | LED,
     "marian": BART,
     "m2m_100": BART,
     "bigbird_pegasus": BART | {"attention_type": "original_full"},  # the sparse kind draws which places it looks at
     "longt5": T5,
-    "switch_transformers": T5 | {"num_experts": 4, "expert_capacity": 64, "num_sparse_encoder_layers": 1},
+    "switch_transformers": T5 | SWITCH,
     "prophetnet": PROPHETNET,
 }
 ALWAYS = ("pegasus", "led")
@@ -72,7 +81,7 @@ def train(folder, *, ranks, accumulation=1, **changes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", families(*(name for name in TOYS if name != "prophetnet")))
+@pytest.mark.parametrize("family", families(*(name for name in TOYS if name not in ("bart", "prophetnet"))))
 def test_two_ranks_train_what_one_does(family, tmp_path):
     save(family, tmp_path / "model")
     folders = train(tmp_path, ranks=1, accumulation=2), train(tmp_path, ranks=2)
@@ -83,3 +92,63 @@ def test_two_ranks_train_what_one_does(family, tmp_path):
     assert weights[0].keys() == weights[1].keys()
     for name, weight in weights[0].items():
         torch.testing.assert_close(weights[1][name], weight, rtol=1e-5, atol=1e-5, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.environ.get("FULL_TESTS"), reason="FULL_TESTS=1 launches more families")
+def test_each_rank_may_drop_layers_of_its_own(tmp_path):
+    save("m2m_100", tmp_path / "model", encoder_layerdrop=0.3, decoder_layerdrop=0.3)
+    rows = runs.rows_of(train(tmp_path, ranks=2, training__max_steps=8, training__num_train_epochs=4))
+    assert len(rows) == 8
+
+
+def kept_out(family, folder, **changes):
+    """`keep_out` on two rows: the model, the names of its frozen weights, and the answer."""
+    save(family, folder, **changes)
+    recipe = Recipe(model={"name_or_path": str(folder)}, runtime={"device": "cpu"}, training={"precision": "fp32"})
+    features = [Feature(list(range(5, 9 + index)), [7, 8, 3], index) for index in range(2)]
+    with start(recipe) as runtime:
+        bundle = build_model(recipe, device=runtime.device, precision="fp32")
+        bundle.model.train()
+        before = torch.get_rng_state()
+        irregular = unused.keep_out(bundle, features, runtime)
+        assert torch.equal(torch.get_rng_state(), before)
+    assert all(module.training for module in bundle.model.modules())
+    assert all(parameter.grad is None for parameter in bundle.model.parameters())
+    named = dict(bundle.model.named_parameters())
+    trainable = sum(parameter.numel() for parameter in named.values() if parameter.requires_grad)
+    assert bundle.report["trainable_parameters"] == trainable
+    return [name for name, parameter in named.items() if not parameter.requires_grad], irregular
+
+
+def test_tables_and_projections_without_a_gradient_are_frozen_and_named(tmp_path, capsys):
+    frozen, irregular = kept_out("pegasus", tmp_path)
+    tables = [f"model.{side}.embed_positions.weight" for side in ("encoder", "decoder")]
+    assert (sorted(frozen), irregular) == (sorted(tables), False)
+    told = " ".join(capsys.readouterr().err.split())
+    assert f"kept out of training, as no gradient reaches them: {', '.join(tables)}" in told
+
+
+def test_dropped_layers_and_experts_are_not_taken_for_unused(tmp_path):
+    assert kept_out("m2m_100", tmp_path / "layers", encoder_layerdrop=0.99, decoder_layerdrop=0.99) == ([], True)
+    assert kept_out("switch_transformers", tmp_path / "experts", num_experts=16) == ([], True)
+    frozen, _ = kept_out("led", tmp_path / "global")
+    assert frozen and all("global" in name for name in frozen)
+
+
+def test_an_ordinary_model_trains_as_if_nobody_had_looked(tmp_path, monkeypatch):
+    assert kept_out("bart", tmp_path / "model") == ([], False)
+    recipe = runs.write_recipe(tmp_path, training__max_steps=3, evaluation__strategy="no")  # with dropout
+    runs.train(recipe, f"experiment.output_dir={tmp_path / 'looked'}")
+    monkeypatch.setattr(unused, "keep_out", lambda *parts: False)
+    runs.train(recipe, f"experiment.output_dir={tmp_path / 'blind'}")
+    looked, blind = (runs.rows_of(tmp_path / name) for name in ("looked", "blind"))
+    assert [row["loss"] for row in looked] == [row["loss"] for row in blind]
+    assert [row["grad_norm"] for row in looked] == [row["grad_norm"] for row in blind]
+
+
+def test_a_model_that_cannot_take_our_batches_is_refused_in_one_line(tmp_path):
+    """ProphetNet predicts several tokens ahead, and its head's outputs are not ours."""
+    with pytest.raises(EngineError) as caught:
+        kept_out("prophetnet", tmp_path)
+    assert caught.value.code == "E4.16" and "\n" not in str(caught.value) and "prophetnet" in str(caught.value)
