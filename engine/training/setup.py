@@ -86,7 +86,7 @@ def prepare(
         features = encode.encode_all(encoder, splits.train, augment=recipe.data.instruction_augmentation)
         dev = Split.of("dev", splits.dev, encoder).subset(recipe.evaluation.max_samples) if splits.dev else None
     bundle.model.train()  # from_pretrained returns it in eval mode, without dropout
-    with runtime.together("trying one row"):
+    with runtime.ranks.together("trying one row"):
         irregular = unused.keep_out(bundle, features, runtime)
     model = unused.wrap(bundle.model, runtime, irregular=irregular)
 
