@@ -39,7 +39,7 @@ def keep_out(bundle: ModelBundle, features: list[Feature], runtime: Runtime) -> 
         Whether some of the others get a gradient now and then only: layers that are dropped, experts that are chosen.
 
     Raises:
-        EngineError: E4.16 where the model cannot take a batch of text and labels, E8 where not even one row fits.
+        EngineError: E4.19 where the model cannot take a batch of text and labels, E8 where not even one row fits.
     """
     model = bundle.model
     without = _without_gradient(bundle, features, runtime)
@@ -86,7 +86,7 @@ def _without_gradient(bundle: ModelBundle, features: list[Feature], runtime: Run
         raise _refusal(error, bundle, row, runtime) from error
     finally:
         bundle.model.zero_grad(set_to_none=True)
-        runtime.batch = None
+        runtime.shapes = None
         gc.collect()
         if runtime.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -94,7 +94,7 @@ def _without_gradient(bundle: ModelBundle, features: list[Feature], runtime: Run
 
 
 def _refusal(error: Exception, bundle: ModelBundle, row: Feature, runtime: Runtime) -> EngineError:
-    known = classify(error, runtime.batch)
+    known = classify(error, runtime.shapes)
     if known.exit_code == 8:
         what = f"a single row of {row.length} tokens does not fit in memory"
         advice = "set training.gradient_checkpointing=true or lower data.max_source_length"
@@ -105,7 +105,7 @@ def _refusal(error: Exception, bundle: ModelBundle, row: Feature, runtime: Runti
         f"a {bundle.report['model_type']} model cannot be trained here, its first pass over a row fails: {known.what}"
     )
     advice = "choose a model that summarises text, or see --traceback"
-    return EngineError("E4.16", what, "model.name_or_path", advice, safe="nothing was trained")
+    return EngineError("E4.19", what, "model.name_or_path", advice, safe="nothing was trained")
 
 
 @contextmanager
