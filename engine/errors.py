@@ -36,6 +36,11 @@ _SAFE = {
 _SAFE |= dict.fromkeys((BUG, STORAGE, NUMERICS, MEMORY, DISTRIBUTED), "checkpoints are untouched")
 
 
+def printable(text: str) -> str:
+    """`text` as a terminal may show it: files can hold escape sequences, and half characters that no encoding has."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
 class EngineError(Exception):
     """A failure with a one-line explanation: what happened, where, what is safe, what to do next.
 
@@ -70,9 +75,7 @@ class EngineError(Exception):
         what = _LONG_WORD.sub(r"\1...\2", self.what)  # a value of 10,000 letters, quoted from somebody's file
         parts = " | ".join(part for part in (what, self.where, self.safe, self.next) if part)
         lines = [" ".join(redact(line).split()) for line in self.problems or (parts,)]
-        # Half characters can stand in a file's text and in no output of ours.
-        lines = [line.encode("utf-8", "backslashreplace").decode("utf-8") for line in lines]
-        return "\n".join(f"error {self.code}: {line}" for line in lines)
+        return "\n".join(f"error {self.code}: {printable(line)}" for line in lines)
 
     def __reduce__(self):  # exceptions cross process boundaries in tests and in rank reports
         return _rebuilt, (type(self), self.code, self.what, self.where, self.next, self.safe, self.problems)

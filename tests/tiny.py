@@ -40,7 +40,7 @@ TEXTS = [
 
 @lru_cache
 def _trained(kind: str, causal: bool) -> Any:
-    from engine.models.tokenization import train_tokenizer
+    from engine.data.vocabulary import train_tokenizer
 
     return train_tokenizer(TEXTS, vocabulary_size=400, kind=kind, added_tokens=ADDED, causal=causal)
 

@@ -1,1 +1,1 @@
-"""Decoding: settings, constraints, beam search with one cache per example. Tensors in, tensors out; knows no files."""
+"""Decoding: settings, processors, beam search with one cache per example. Tensors in, tensors out; knows no files."""

@@ -38,7 +38,7 @@ class GenerationSettings:
     max_new_tokens: most tokens after the prompt. max_length: the same limit counted with the prompt (causal models) or
     with the decoder start (encoder-decoders); used only where max_new_tokens is None.
     repetition_scope: what `repetition_penalty` and `no_repeat_ngram_size` look at, "output" or "all" (prompt too).
-    block_scripts, allow_scripts, keep_source_words: what `constraints` turns into a vocabulary mask.
+    block_scripts, allow_scripts, keep_source_words: what `engine/prediction/constraints.py` turns into a vocabulary mask.
     cuda_graphs: decode on a CUDA GPU by replaying captured steps (see `graphs`).
     extra: further names of `generate` that transformers handles (`encoder_no_repeat_ngram_size`, `sequence_bias`, ...).
     """

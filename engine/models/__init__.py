@@ -5,7 +5,9 @@ build          a model for training, as a recipe describes it
 load           a trained model, for prediction
 hub            hub ids and folders, checked before anything of them is loaded; what identifies a model
 configuration  a model's configuration, held against recipe and tokenizer
-tokenization   tokenizers, loaded or trained; added tokens
+pickled        old pickled weights, read once into a safetensors copy
+trial          a short dialogue through a model that was just loaded
+tokenization   tokenizers and their added tokens
 weights        weights in and out of models, embeddings resized
 adapters       LoRA and QLoRA by peft, rows of added tokens
 memory         how much memory a run needs, before it starts

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from engine import families
+from engine.data import vocabulary
 from engine.errors import EngineError
 from engine.models import adapters, configuration, hub, tokenization, weights
 
@@ -163,7 +164,7 @@ def _config(recipe: Recipe) -> tuple[PreTrainedConfig, int]:
     config = configuration.load_config(settings, folder)
     if settings.init == "random":
         if recipe.tokenizer.name_or_path is None and folder is None:
-            config.vocab_size = recipe.tokenizer.train_vocab_size or tokenization.DEFAULT_VOCABULARY
+            config.vocab_size = recipe.tokenizer.train_vocab_size or vocabulary.DEFAULT_VOCABULARY
         return config, 0
     if folder is None:
         return config, len(added)

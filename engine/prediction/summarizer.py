@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from engine.errors import EngineError
-from engine.generation import api, constraints
+from engine.generation import api
 from engine.generation.settings import GenerationSettings
 from engine.models import configuration
+from engine.prediction import constraints
 from engine.prediction.postprocess import RULES, postprocess
 from engine.runtime.faults import blaming
 

@@ -8,6 +8,7 @@ from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import Any, TextIO
 
+from engine.errors import printable
 from engine.runtime import console
 from engine.runtime.atomic import without_links
 
@@ -38,7 +39,7 @@ def _lines_of(record: logging.LogRecord, stream: Any) -> list[str]:
     command = getattr(record, "command", None)
     if command is not None:
         return console.wrap_command(command, width) if console.is_terminal(stream) else [record.getMessage()]
-    text = record.getMessage()
+    text = printable(record.getMessage())
     if record.levelno >= logging.WARNING:
         text = f"{record.levelname.lower()}: {text}"
     return [part for line in text.splitlines() for part in console.wrap(line, width)]
@@ -49,6 +50,11 @@ class _RunFile(logging.FileHandler):
 
     def _open(self) -> TextIO:
         return open(self.baseFilename, self.mode, encoding=self.encoding, opener=without_links)
+
+
+class _Plain(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))  # a log is read on terminals too
 
 
 class RunLog:
@@ -73,7 +79,7 @@ class RunLog:
         if not self.is_main:
             return
         handler = _RunFile(folder / "train.log", encoding="utf-8")
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
+        handler.setFormatter(_Plain("%(asctime)s %(levelname)-7s %(message)s"))
         self._early.setTarget(handler)
         self._early.flush()
         log.removeHandler(self._early)

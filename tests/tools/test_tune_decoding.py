@@ -13,8 +13,8 @@ import tiny
 import torch
 from trials import Decoding
 
+from engine.data.vocabulary import train_tokenizer
 from engine.errors import EngineError
-from engine.models.tokenization import train_tokenizer
 from engine.recipe.load import load_recipe
 from engine.scoring import endings, intervals
 

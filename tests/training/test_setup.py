@@ -13,7 +13,7 @@ from engine.errors import EngineError
 from engine.recipe.schema import Recipe
 from engine.training import setup
 
-ALONE = SimpleNamespace(together=lambda what: nullcontext())
+ALONE = SimpleNamespace(ranks=SimpleNamespace(together=lambda what: nullcontext()))
 
 
 def test_dry_run_writes_nothing(tmp_path):

@@ -14,9 +14,9 @@ from generation_toys import (
 )
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from engine.generation import constraints as rules
 from engine.generation.api import generate
 from engine.generation.settings import GenerationSettings
+from engine.prediction import constraints as rules
 
 BLOCK = {"block_scripts": ["latin", "kana", "han"]}
 ALLOW = {"allow_scripts": ["hangul", "digits", "punctuation"]}
