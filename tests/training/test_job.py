@@ -39,7 +39,7 @@ def job_of(rank: int = 0, world_size: int = 1, **sections) -> Job:
     examples = [SimpleNamespace(id=f"row_{i}") for i in range(5)]
     return Job(
         recipe=Recipe(**sections),
-        runtime=SimpleNamespace(progress=lambda **settings: None),
+        runtime=SimpleNamespace(progress=lambda **settings: None, show_progress=False, is_main=True),
         bundle=SimpleNamespace(collate=lambda rows: collate_causal(rows, pad_token_id=0)),
         learner=learner_of(),
         rows=TrainingRows(examples, features, sampler),
@@ -91,7 +91,7 @@ def test_a_learner_gets_its_states_back_and_refuses_those_of_another():
 )
 def test_the_best_evaluation(monkeypatch, metric, values, best):
     job = job_of(evaluation={"metric": metric})
-    job.dev, job.runtime.is_main = SimpleNamespace(name="dev"), False
+    job.dev, job.runtime.is_main = SimpleNamespace(name="dev", examples=[1]), False
     for step, value in enumerate(values, start=1):
         scores = evaluation.Scores({"loss": 1.0, "seconds": 0.5} | {metric: value}, [])
         if value is None:
