@@ -72,7 +72,7 @@ def test_lines_of_standard_input(monkeypatch):
 def test_n_best_lists_keep_every_hypothesis(tmp_path, capsys, name, written):
     (row,) = examples_of(["#Person1#: 안녕?"])
     row = replace(row, id="a")
-    options = SimpleNamespace(output=str(tmp_path / name), sample_submission=None)
+    options = SimpleNamespace(output=str(tmp_path / name), sample_submission=None, escape_formulas=False)
     summary = Summary(0, ["둘", "하\n나"], [-0.5, -1.25], tokens=1, ended=True, fired=["fix_cut_word"])
     write([row], [summary], options, Recipe())
     assert (tmp_path / name).read_text(encoding="utf-8") == written
