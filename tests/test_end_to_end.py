@@ -48,6 +48,7 @@ def test_resolved_recipe_trains_the_same_again(trained, tmp_path):
     assert [row["loss"] for row in runs.rows_of(tmp_path / "again")] == losses
 
 
+@pytest.mark.slow
 def test_predict_command_on_one_and_two_ranks(trained):
     folder, _ = trained
     sample = folder / "sample.csv"
@@ -168,6 +169,7 @@ def test_resume_of_a_finished_run_changes_nothing(trained):
     assert before == {path: path.stat().st_mtime_ns for path in (folder / "run").rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_debug_serves_any_recipe(tmp_path):
     recipe = runs.write_recipe(tmp_path, rows=60, tracking__report_to=["tensorboard"])
     done = runs.launch("engine/train.py", recipe, "--debug", f"experiment.output_dir={tmp_path / 'run'}")

@@ -16,6 +16,8 @@ import runs
 
 from engine.errors import EngineError
 
+pytestmark = pytest.mark.slow
+
 SEED = int(os.environ.get("LINKS_SEED", "1"))
 KINDS = ("file", "folder", "nothing")
 CRITICAL = ("metrics.damaged.jsonl", "recipe.yaml", "train.log", "predictions", "tensorboard")

@@ -14,6 +14,8 @@ from engine import Predictor, families
 from engine.generation import search
 from engine.prediction.files import examples_of
 
+pytestmark = pytest.mark.slow
+
 
 class MadeUpConfig(LlamaConfig):
     model_type = "made_up"

@@ -17,6 +17,8 @@ from engine.runtime.exits import main_guard
 from engine.runtime.process import Runtime
 from engine.runtime.signals import Stopped
 
+pytestmark = pytest.mark.slow
+
 FULL = pytest.mark.skipif("FULL_TESTS" not in os.environ, reason="takes many minutes; set FULL_TESTS=1")
 TIMING = {"tokens_per_second", "samples_per_second", "seconds", "peak_memory_gib"}
 

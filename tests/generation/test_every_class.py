@@ -20,6 +20,8 @@ from engine import families
 from engine.generation import fallback, search
 from engine.generation.api import generate_all
 
+pytestmark = pytest.mark.slow
+
 FULL = "FULL_TESTS" in os.environ
 SEED = int(os.environ.get("GENERATION_SEED", "0")) or random.SystemRandom().randrange(1, 10**6)
 HOW_TO_REPEAT = f"repeat with GENERATION_SEED={SEED} and -k on this test's name"

@@ -20,6 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from engine.generation import encoder, linears
 from engine.generation.api import generate, generate_all
 
+pytestmark = pytest.mark.slow
+
 PATH = "engine.generation.search"
 
 

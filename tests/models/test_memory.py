@@ -19,6 +19,8 @@ from engine.recipe.schema import Recipe
 from engine.training import optim
 from engine.training.losses import summed_cross_entropy
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 B, S, T = 4, 48, 12
 ACTIVATION_FACTOR = 1.25  # attention saves differ a little between kernels

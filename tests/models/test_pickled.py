@@ -20,6 +20,8 @@ from engine import Predictor
 from engine.models import hub, pickled
 from engine.models.load import load_trained
 
+pytestmark = pytest.mark.slow
+
 KOBART = runs.ROOT / "recipes" / "kobart.yaml"
 
 

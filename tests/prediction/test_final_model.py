@@ -22,6 +22,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 from engine import Predictor
 from engine.data.rows import Example
 
+pytestmark = pytest.mark.slow
+
 OTHERS = ("marian", "pegasus", "mbart", "mt5", "gpt2", "mistral", "phi3", "gemma")
 FAMILIES = tiny.FAMILIES + (OTHERS if os.environ.get("FULL_TESTS") else ())
 SETTINGS = {

@@ -12,6 +12,8 @@ import tiny
 from engine import predict, train
 from engine.runtime import console, resume_hint
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):

@@ -14,6 +14,8 @@ from engine.recipe.schema import Recipe
 from engine.runtime import process, run_folder
 from engine.runtime.run_folder import choose_run_folder
 
+pytestmark = pytest.mark.slow
+
 
 def test_dated_folders_do_not_collide(tmp_path):
     recipe = recipe_for(tmp_path, name="kobart")

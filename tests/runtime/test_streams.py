@@ -10,6 +10,8 @@ import sys
 import pytest
 import runs
 
+pytestmark = pytest.mark.slow
+
 SECRET = "hf_" + "a1B2c3D4e5F6g7H8"
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 

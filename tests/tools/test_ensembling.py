@@ -13,6 +13,8 @@ from ensembling import average_state_dicts, average_tensors, choose_by_consensus
 from engine.generation.api import generate_all
 from engine.generation.settings import GenerationSettings
 
+pytestmark = pytest.mark.slow
+
 # --- consensus of texts ---
 
 

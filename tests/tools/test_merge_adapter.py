@@ -15,6 +15,8 @@ from generation_toys import one_thread  # noqa: F401
 from engine.models.bundle import save_model
 from engine.models.load import load_trained
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 
 

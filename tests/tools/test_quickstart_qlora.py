@@ -12,6 +12,8 @@ from types import SimpleNamespace
 import pytest
 import runs
 
+pytestmark = pytest.mark.slow
+
 sys.path.insert(0, str(runs.ROOT / "tools"))
 import merge_adapter
 import quickstart_qlora_report as report

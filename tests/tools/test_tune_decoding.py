@@ -18,6 +18,8 @@ from engine.errors import EngineError
 from engine.recipe.load import load_recipe
 from engine.scoring import endings, intervals
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

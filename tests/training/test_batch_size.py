@@ -10,6 +10,8 @@ import yaml
 from engine.errors import EngineError
 from engine.training import batch_size, losses
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def memory_for(monkeypatch):

@@ -15,6 +15,8 @@ from engine.models import build
 from engine.recipe.load import load_recipe
 from engine.training.losses import aligned_labels
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = {
     "model__dropout": 0.0,
     "data__batching": "sequential",

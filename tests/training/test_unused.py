@@ -22,6 +22,8 @@ from engine.recipe.schema import Recipe
 from engine.runtime.process import start
 from engine.training import unused
 
+pytestmark = pytest.mark.slow
+
 IDS = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "decoder_start_token_id": 3}
 BART = {
     "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
