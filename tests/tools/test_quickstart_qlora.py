@@ -12,11 +12,11 @@ from types import SimpleNamespace
 import pytest
 import runs
 
-pytestmark = pytest.mark.slow
-
 sys.path.insert(0, str(runs.ROOT / "tools"))
 import merge_adapter
 import quickstart_qlora_report as report
+
+pytestmark = pytest.mark.slow
 
 RECIPES = runs.ROOT / "recipes"
 TEST = RECIPES / "quickstart" / "test.csv"
