@@ -30,7 +30,7 @@ from engine.recipe.schema import LARGEST, SECTIONS, Recipe, Section, admits, fie
 from engine.recipe.synonyms import suggest, suggest_section
 
 MAX_BYTES = 1 << 20
-MAX_BASES = 16
+MAX_BASES, MAX_LAYERS = 16, 64
 SHOWN_PROBLEMS = 50
 DEBUG_RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "base" / "debug.yaml"
 COMMAND_LINE = "command line"
@@ -168,6 +168,8 @@ def _file_layers(path: Path, problems: list[str], chain: tuple[Path, ...], named
     layers = []
     for name in _base_names(values.pop("base", None), origins.get(("base",), ""), problems):
         layers += _file_layers(path.parent / name, problems, (*chain, real), origins[("base",)])
+        if len(layers) > MAX_LAYERS:  # two bases with two bases each, and so on: 16 levels would be 65,536 readings
+            raise _unreadable(f"{label}:1", f"more than {MAX_LAYERS} base files in all")
     return [*layers, Layer(values, origins)]
 
 

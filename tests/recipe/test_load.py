@@ -161,3 +161,11 @@ def test_all_problems_are_listed_at_once(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_flood_of_problems_is_cut(good: Path) -> None:
     lines = errors(good, [f"training.k{i}=1" for i in range(200)])
     assert len(lines) == 51 and lines[-1].endswith("and 150 more")
+
+
+def test_bases_that_double_at_each_level_are_refused_at_once(tmp_path: Path) -> None:
+    for level in range(16):
+        (tmp_path / f"{level}.yaml").write_text(f"base: [{level + 1}.yaml, {level + 1}.yaml]\n")
+    (tmp_path / "16.yaml").write_text("model: {name_or_path: m}\n")
+    with pytest.raises(EngineError, match=r"E2\.1.*more than (16 base files in a row|64 base files in all)"):
+        load_recipe(tmp_path / "1.yaml")
