@@ -11,6 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engine.runtime.atomic import without_links
+
 if TYPE_CHECKING:
     from engine.prediction.summarizer import Summary
 
@@ -33,7 +35,8 @@ class PartialResults:
         self._clean = False
 
     def files(self) -> list[Path]:
-        return sorted(self.output.parent.glob(f"{glob.escape(self.output.name)}.partial-rank*.jsonl"))
+        found = self.output.parent.glob(f"{glob.escape(self.output.name)}.partial-rank*.jsonl")
+        return sorted(path for path in found if path.is_file() and not path.is_symlink())
 
     def read_all(self) -> list[dict[str, Any]]:
         """Records of every rank's file, of this prediction only; each row once."""
@@ -59,7 +62,7 @@ class PartialResults:
         if not self._clean:  # only a kill tears a line, so only what an earlier process wrote is looked at
             self._drop_torn_line()
             self._clean = True
-        with self.path.open("a", encoding="utf-8") as handle:
+        with open(self.path, "a", encoding="utf-8", opener=without_links) as handle:
             handle.write(json.dumps(record, ensure_ascii=False) + "\n")
             handle.flush()
             os.fsync(handle.fileno())
@@ -67,7 +70,7 @@ class PartialResults:
     def _drop_torn_line(self) -> None:
         if not self.path.exists():
             return
-        with self.path.open("rb+") as handle:
+        with open(self.path, "rb+", opener=without_links) as handle:
             content = handle.read()
             if content and not content.endswith(b"\n"):
                 handle.truncate(content.rfind(b"\n") + 1)

@@ -52,3 +52,16 @@ def test_ranks_keep_their_own_files_and_other_predictions_do_not_count(tmp_path)
     assert [record["index"] for record in kept.read_all()] == [0, 1]
     kept.remove()
     assert [path.name for path in tmp_path.iterdir()] == ["out1x.csv.partial-rank0.jsonl"]
+
+
+@pytest.mark.parametrize("content", ["chosen", "chosen\ntorn"])
+def test_a_link_in_the_side_files_place_is_not_written_through(tmp_path, content):
+    (tmp_path / "victim").write_text(content)
+    (tmp_path / "out.csv.partial-rank0.jsonl").symlink_to(tmp_path / "victim")
+    (tmp_path / "out.csv.partial-rank1.jsonl").symlink_to("/dev/zero")
+    partial = PartialResults(str(tmp_path / "out.csv"), 0, fingerprint="f")
+    assert partial.read_all() == []
+    with pytest.raises(OSError):
+        partial.append([Summary(0, ["요약"], [None], tokens=1, ended=True)])
+    partial.remove()
+    assert (tmp_path / "victim").read_text() == content
