@@ -68,7 +68,10 @@ def check_moments(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) ->
     for index, moments in saved["state"].items():
         shape = parameters[index].shape
         for name, value in moments.items():
-            if not isinstance(value, torch.Tensor | int | float):
+            values = (
+                value.values() if isinstance(value, Mapping) else [value]
+            )  # bitsandbytes keeps its 8-bit parts in one
+            if not all(isinstance(part, torch.Tensor | int | float) for part in values):
                 raise ValueError(f"optimizer.{index}.{name} is no number")
         if not isinstance(optimizer, torch.optim.AdamW):
             continue

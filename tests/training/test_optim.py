@@ -79,3 +79,17 @@ def test_paged_optimizers_need_cuda(name):
     with pytest.raises(EngineError, match="CUDA") as caught:
         optim.build_optimizer([], Training(optim=name), torch.device("cpu"))
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adamw_8bit"])
+def test_moments_of_every_optimizer_come_back(kind):
+    """8-bit moments of a large parameter are a mapping of six tensors, of a small one of two."""
+    model = torch.nn.Linear(128, 64)
+    optimizer = optim.build_optimizer([{"params": list(model.parameters())}], Training(optim=kind), torch.device("cpu"))
+    model(torch.ones(1, 128)).sum().backward()
+    optimizer.step()
+    saved = optimizer.state_dict()
+    optim.check_moments(optimizer, saved)
+    saved["state"][0]["step"] = "x"
+    with pytest.raises(ValueError, match="no number"):
+        optim.check_moments(optimizer, saved)
