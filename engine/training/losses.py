@@ -8,7 +8,7 @@ Shapes: B examples, S source tokens, T target tokens, V vocabulary, D hidden, N 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from engine.data.collate import IGNORE_INDEX
 from engine.generation.modelstate import bare
+from engine.training import output_head
 
 
 def aligned_labels(batch: Mapping[str, Tensor]) -> Tensor:
@@ -35,25 +36,6 @@ def supervised_tokens(batch: Mapping[str, Tensor]) -> Tensor:
     return (aligned_labels(batch) != IGNORE_INDEX).sum()
 
 
-@contextmanager
-def _head_sees_only(head: nn.Module, positions: Tensor) -> Iterator[None]:
-    """Narrow the LM head's input from (B, T, D) to the N supervised positions (N, D) while the context is open.
-
-    With a vocabulary of 150,000 the logits of unsupervised positions dominate time and memory, and none of them reaches the
-    loss. A hook on the head keeps this independent of the model class and of PEFT, DDP and autocast wrappers around it.
-    """
-
-    def narrow(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor]:
-        hidden = arguments[0]  # (B, T, D)
-        return (hidden.reshape(-1, hidden.shape[-1])[positions],)
-
-    handle = head.register_forward_pre_hook(narrow)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 def summed_cross_entropy(model: nn.Module, batch: Mapping[str, Tensor], *, label_smoothing: float = 0.0) -> Tensor:
     """Sum of the token cross-entropies of one micro-batch, float32 scalar, 0 where nothing is supervised.
 
@@ -66,7 +48,38 @@ def summed_cross_entropy(model: nn.Module, batch: Mapping[str, Tensor], *, label
     positions = (
         (labels != IGNORE_INDEX).nonzero().squeeze(1)
     )  # (N,); a host sync on GPUs, paid back by the smaller head
+    targets = labels[positions]
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-    with _head_sees_only(bare(model).get_output_embeddings(), positions):
-        logits = model(**inputs, use_cache=False).logits  # (N, V)
-    return F.cross_entropy(logits.float(), labels[positions], reduction="sum", label_smoothing=label_smoothing)
+    plain = bare(model)
+    head = plain.get_output_embeddings()
+    caught: list[Tensor] = []  # the supervised hidden states (N, D), and their loss
+
+    def narrow(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor]:
+        hidden = arguments[0].reshape(-1, arguments[0].shape[-1])[positions]
+        if not output_head.known(head):
+            return (hidden,)
+        caught.extend((hidden, output_head.cross_entropy(hidden, targets, plain, head, label_smoothing)))
+        return (hidden[:1],)  # one position, so that the model's own code has something to go on with
+
+    with _narrowed(head, narrow):
+        logits = model(**inputs, use_cache=False).logits  # (1, V), or (N, V) of a head that is not known
+    if not caught:
+        return F.cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=label_smoothing)
+    hidden, loss = caught
+    if not output_head.confirm(plain, head, hidden[:1], logits):
+        return summed_cross_entropy(model, batch, label_smoothing=label_smoothing)  # once, now on whole logits
+    return loss
+
+
+@contextmanager
+def _narrowed(head: nn.Module, narrow: Callable[..., tuple[Tensor]]) -> Iterator[None]:
+    """While open, `narrow` stands before the LM head, inside the forward pass of whatever is wrapped around the model.
+
+    There the head's weights are whole and wrappers count them as used: a hook works for every model class, with PEFT,
+    DistributedDataParallel, sharding and autocast around it.
+    """
+    handle = head.register_forward_pre_hook(narrow)
+    try:
+        yield
+    finally:
+        handle.remove()
