@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from engine.errors import EngineError
-from engine.models import adapters, configuration, hub, memory, tokenization, trial, weights
+from engine.models import adapters, configuration, hub, size, tokenization, trial, weights
 from engine.models.bundle import ModelBundle, describe, prompt_of
 from engine.models.hub import BaseIdentity, Source
 from engine.runtime.faults import blaming
@@ -125,7 +125,7 @@ def _random_model(
     # A benchmark at a model's real shape keeps that model's rows; otherwise the vocabulary decides.
     config.vocab_size = max(rows, config.vocab_size) if fixed else rows
     with blaming("E4.9", "no model can be built", "model.config", "check model.config"):
-        memory.check_weights_fit(config, device)
+        size.check_weights_fit(config, device)
         model = weights.auto_class(config).from_config(
             config, **weights.attention(recipe.model.attn_implementation), dtype=torch.float32
         )

@@ -6,9 +6,10 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engine.models import configuration, hub, memory, tokenization, weights
+from engine.models import configuration, hub, tokenization, weights
 from engine.models.bundle import ModelBundle, describe, prompt_of
 from engine.models.hub import BaseIdentity
+from engine.training.memory import hollow_model
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +39,7 @@ def blueprint(recipe: Recipe, *, device: torch.device, precision: str) -> ModelB
         tokenizer, _ = tokenization.with_added_tokens(tokenizer, recipe.tokenizer.added_tokens, config.model_type)
         configuration.align_config(config, tokenizer, family, settings)
         config.vocab_size = max(config.vocab_size, len(tokenizer))
-        model = memory.hollow_model(config, recipe, precision, len(tokenizer) - before)
+        model = hollow_model(config, recipe, precision, len(tokenizer) - before)
     base = BaseIdentity(settings.name_or_path, settings.revision, hub.config_hash(config.to_dict()))
     report = describe(model, before, len(tokenizer), device, precision)
     return ModelBundle(model, tokenizer, family, base, report, *prompt_of(recipe))

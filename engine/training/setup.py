@@ -13,11 +13,11 @@ from engine.checkpoints.identity import identity_of
 from engine.checkpoints.store import CheckpointStore, refusing
 from engine.data import encode, rows
 from engine.data.windows import WindowSampler
-from engine.models import adapters, build, memory, tokenization, weights
+from engine.models import adapters, build, tokenization, weights
 from engine.prediction.summarizer import Summarizer
 from engine.recipe.dump import dump
 from engine.runtime.atomic import write_text_atomically
-from engine.training import optim, unused
+from engine.training import memory, optim, unused
 from engine.training.batch_size import with_fitting_batch
 from engine.training.blueprint import blueprint
 from engine.training.evaluation import Split, try_scoring

@@ -246,8 +246,9 @@ def measure(shape: str, load: Load, count: int) -> dict[str, Any]:
     """One shape on the current GPU."""
     import torch
 
-    from engine.models import adapters, memory
+    from engine.models import adapters
     from engine.models.weights import default_precision
+    from engine.training import memory
 
     device = torch.device("cuda", 0)
     torch.cuda.set_device(device)

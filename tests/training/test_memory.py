@@ -14,9 +14,9 @@ import torch
 from generation_toys import one_thread  # noqa: F401
 
 from engine.errors import EngineError
-from engine.models import adapters, build, memory
+from engine.models import adapters, build, size
 from engine.recipe.schema import Recipe
-from engine.training import optim
+from engine.training import memory, optim
 from engine.training.losses import summed_cross_entropy
 
 pytestmark = pytest.mark.slow
@@ -193,5 +193,5 @@ def test_a_model_that_cannot_be_is_refused_in_seconds(change, match, tmp_path):
 
 
 def test_a_limit_on_memory_counts_as_this_machines(monkeypatch):
-    monkeypatch.setattr(memory.resource, "getrlimit", lambda kind: (1 << 30, 1 << 30))
-    assert memory.device_bytes(CPU) == 1 << 30
+    monkeypatch.setattr(size.resource, "getrlimit", lambda kind: (1 << 30, 1 << 30))
+    assert size.device_bytes(CPU) == 1 << 30

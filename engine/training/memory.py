@@ -10,9 +10,6 @@ from __future__ import annotations
 import copy
 import logging
 import math
-import os
-import resource
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,8 +17,9 @@ from torch import Tensor, nn
 
 from engine import families
 from engine.data import vocabulary
-from engine.errors import EngineError
 from engine.models import adapters, configuration, hub, tokenization, weights
+from engine.models.size import by_layers, check_depth, device_bytes, size_text
+from engine.training import output_head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -30,7 +28,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("engine.memory")
 
-_MOST_LAYERS = 1_000  # eight times the deepest model that there is
 _QUANT_BLOCK, _SCALE_BLOCK = 64, 256  # bitsandbytes: weights per scale, scales per scale of scales
 _OPTIMIZER_BLOCK, _OPTIMIZER_MIN = 256, 4096  # bitsandbytes: 8-bit states of a block; smaller tensors keep 32 bits
 _PARTS = (
@@ -39,7 +36,7 @@ _PARTS = (
     ("gradient_buckets", "buckets of DistributedDataParallel"),
     ("optimizer", "optimizer state"),
     ("activations", "activations kept for the backward pass"),
-    ("logits", "logits and their gradients at supervised positions"),
+    ("logits", "a piece of the logits, and its gradients"),
     ("workspace", "one layer's weights out of 4 bits"),
     ("kv_cache", "key/value cache of an evaluation"),
 )
@@ -98,8 +95,10 @@ def table(estimate: dict[str, Any], device: torch.device) -> str:
         f"memory estimate for one device, {estimate['precision']}, {shape['examples']} x {shape['source']} source and "
         f"{shape['target']} target tokens:"
     ]
-    lines += [f"  {_size(estimate[key])}  {label}" for key, label in _PARTS if estimate[key]]
-    lines.append(f"  {_size(estimate['peak'])}  at the peak, of {_size(device_bytes(device)).strip()} on {device}")
+    lines += [f"  {size_text(estimate[key])}  {label}" for key, label in _PARTS if estimate[key]]
+    lines.append(
+        f"  {size_text(estimate['peak'])}  at the peak, of {size_text(device_bytes(device)).strip()} on {device}"
+    )
     if exceeds(estimate, device):
         lines.append(
             "  warning: this will probably not fit; lower per_device_train_batch_size (and raise "
@@ -110,44 +109,6 @@ def table(estimate: dict[str, Any], device: torch.device) -> str:
 
 def exceeds(estimate: dict[str, Any], device: torch.device) -> bool:
     return estimate["peak"] > device_bytes(device)
-
-
-def device_bytes(device: torch.device) -> int:
-    """All memory of the device: of the GPU, or of this machine, as far as this process may use it."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    most, _ = resource.getrlimit(resource.RLIMIT_AS)
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return machine if most == resource.RLIM_INFINITY else min(machine, most)
-
-
-def check_depth(config: PreTrainedConfig) -> None:
-    """Raises: EngineError E2.59 for more layers than any model has: making them would take minutes to find that out."""
-    for key in families.of(config.model_type).depths:
-        layers = getattr(config, key, None)
-        if isinstance(layers, int) and layers > _MOST_LAYERS:
-            what = f"{key} is {layers:,}; at most {_MOST_LAYERS:,} layers are built"
-            raise EngineError("E2.59", what, "model.config", f"lower model.config.{key}")
-
-
-def check_weights_fit(config: PreTrainedConfig, device: torch.device) -> None:
-    """Refuse a new model before it is made, by its number of weights. Raises: EngineError E8.3, and E2.59 for its depth."""
-    check_depth(config)
-
-    def count(shallow: PreTrainedConfig) -> int:
-        with torch.device("meta"):
-            return sum(p.numel() for p in weights.auto_class(shallow).from_config(shallow).parameters())
-
-    outside, layers = _by_layers(config, count)
-    depths = [getattr(config, key) for key in families.of(config.model_type).depths]
-    total = outside + sum(cost * depth for cost, depth in zip(layers, depths, strict=True))
-    if 4 * total > (most := device_bytes(device)):
-        what = f"{total:,} weights take {_size(4 * total).strip()} in float32; {device} has {_size(most).strip()}"
-        raise EngineError("E8.3", what, "model.config", "make the model smaller", safe="nothing was started")
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**30:8.2f} GiB" if count >= 2**29 else f"{count / 2**20:8.1f} MiB"
 
 
 # The model without its contents
@@ -251,10 +212,14 @@ def _optimizer_bytes(trainable: list[nn.Parameter], optim: str) -> int:
 
 
 def _logit_bytes(model: nn.Module, shape: dict[str, int], precision: str) -> int:
-    """Of N x V numbers: log-probabilities and two gradients in float32, and the logits and theirs in the compute type."""
-    rows = model.get_output_embeddings().weight.shape[0]
-    positions = shape["examples"] * shape["target"]
-    return positions * rows * (12 if precision == "fp32" else 14)
+    """Of n x V numbers of one piece: logits and log-probabilities in float32, their gradient in the compute type; beside
+    them the head's weights in that type, and one piece's share of their gradient."""
+    weight = model.get_output_embeddings().weight
+    rows = min(shape["examples"] * shape["target"], output_head.piece_rows(len(weight)))
+    piece = rows * len(weight) * (8 if precision == "fp32" else 10)
+    if weight.dtype == adapters.DTYPES[precision]:
+        return piece
+    return piece + 2 * weight.numel() * (2 if weight.requires_grad else 1)
 
 
 def _workspace(model: nn.Module, settings: Quantization) -> int:
@@ -283,7 +248,7 @@ def _activations(
     def kept(shallow: PreTrainedConfig) -> int:
         return saved_bytes(hollow_model(shallow, recipe, precision, new_tokens), shape, precision)
 
-    outside, layers = _by_layers(config, kept)
+    outside, layers = by_layers(config, kept)
     if not recipe.training.gradient_checkpointing:
         return outside + sum(cost * depth for cost, depth in zip(layers, depths, strict=True))
     width = 2 if precision != "fp32" else 4
@@ -293,23 +258,6 @@ def _activations(
         for depth, length in zip(depths, tokens, strict=True)
     )
     return outside + inputs + max(layers)
-
-
-def _by_layers(config: PreTrainedConfig, measure: Callable[[PreTrainedConfig], int]) -> tuple[int, list[int]]:
-    """What `measure` finds outside the layers, and in one layer of each stack: by models of one and of two layers."""
-    keys = families.of(config.model_type).depths
-
-    def measured(*layers: int) -> int:
-        shallow = copy.deepcopy(config)
-        for key, count in zip(keys, layers, strict=True):
-            setattr(shallow, key, count)
-        if getattr(shallow, "layer_types", None):  # one entry per layer
-            shallow.layer_types = shallow.layer_types[: layers[-1]]
-        return measure(shallow)
-
-    base = measured(*[1] * len(keys))
-    layers = [measured(*(2 if at == place else 1 for at in range(len(keys)))) - base for place in range(len(keys))]
-    return base - sum(layers), layers
 
 
 def saved_bytes(model: nn.Module, shape: dict[str, int], precision: str) -> int:
