@@ -344,7 +344,7 @@ def llama3_tokenizer():
 
 
 @needs_data
-@pytest.mark.parametrize("length", [64, 512])
+@pytest.mark.parametrize("length", [64, pytest.param(512, marks=pytest.mark.slow)])
 def test_kobart_gives_back_every_summary(length):
     made = TextEncoder(real_tokenizer("kobart"), "seq2seq", settings(), length, 128)
     features = encode_all(made, real_rows())
@@ -356,8 +356,15 @@ def test_kobart_gives_back_every_summary(length):
 
 
 @needs_data
-@pytest.mark.parametrize("name", ["qwen3", "llama3"])
-@pytest.mark.parametrize("style", ["chat", "instruction"])
+@pytest.mark.parametrize(
+    ("style", "name"),
+    [
+        ("chat", "qwen3"),
+        pytest.param("chat", "llama3", marks=pytest.mark.slow),
+        pytest.param("instruction", "qwen3", marks=pytest.mark.slow),
+        pytest.param("instruction", "llama3", marks=pytest.mark.slow),
+    ],
+)
 def test_real_templates_supervise_the_reference_exactly(name, style):
     tokenizer = real_tokenizer(name)
     made = TextEncoder(tokenizer, "causal", settings(style), 2048, 400)
@@ -370,6 +377,7 @@ def test_real_templates_supervise_the_reference_exactly(name, style):
 
 @needs_data
 @pytest.mark.parametrize("name", ["qwen3", "llama3"])
+@pytest.mark.slow
 def test_truncation_keeps_template_and_answer_at_every_length(name):
     tokenizer = real_tokenizer(name)
     template = len(TextEncoder(tokenizer, "causal", settings("chat"), 2048, 400)._encode([_template(tokenizer)])[0])
@@ -402,6 +410,7 @@ def test_llama3_prompts_do_not_change_from_day_to_day():
 
 
 @needs_data
+@pytest.mark.slow
 def test_twelve_thousand_rows_do_not_take_minutes(caplog):
     rows = real_rows() * 5
     made = TextEncoder(real_tokenizer("qwen3"), "causal", settings("chat"), 1024, 200)
