@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from functools import cache
+from pathlib import Path
+
 import tiny
 
 from engine.data.encode import TextEncoder
 from engine.data.prompts import PromptSettings
 from engine.data.rows import Example
-from engine.recipe.schema import Prompt
+from engine.models import tokenization
+from engine.recipe.schema import PLACEHOLDERS, Prompt
 
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"  # beside the checkout, where it is at hand
 DIALOGUE = tiny.TEXTS[0]
 SUMMARY = tiny.TEXTS[5]
 
@@ -30,3 +35,11 @@ def tiny_llama(kind: str):
     made = tiny.tokenizer("llama", kind=kind)
     made.chat_template = tiny.CHAT_TEMPLATE
     return made
+
+
+@cache
+def real_tokenizer(name: str):
+    """A real tokenizer as a run prepares it. Made once, as Qwen3's takes seconds: nobody changes it."""
+    made = tokenization.load_tokenizer(SHARED / "tokenizers" / name)
+    model_type = {"kobart": "bart", "qwen3": "qwen3"}[name]
+    return tokenization.prepare(made, PLACEHOLDERS, name=name, model_type=model_type)

@@ -79,6 +79,11 @@ FAMILIES = ("bart", "t5", "llama", "qwen3")
 OTHERS = tuple(family for family in _CONFIGS if family not in FAMILIES)
 
 
+def each(families=FAMILIES, *, quick=("bart", "llama")) -> list:
+    """Cases of a test that says the same of every family: at a desk one encoder-decoder and one causal model do."""
+    return [pytest.param(family, marks=() if family in quick else pytest.mark.slow) for family in families]
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     """Toy layers are too small to share among threads, which would only wait. Works where it is imported."""

@@ -15,6 +15,7 @@ SEED = os.environ.get("WRONG_JSON_SEED", "0")
 SAMPLE = [] if FULL else ["--sample", "62"]  # two of each file; all of them take hours on a small machine
 
 
+@pytest.mark.slow
 def test_no_wrong_value_ends_in_a_traceback(tmp_path: Path) -> None:
     command = [sys.executable, wrong_json.__file__, str(tmp_path / "work"), "--seed", SEED, *SAMPLE]
     done = subprocess.run(command, capture_output=True, text=True, timeout=None if FULL else 900, check=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -20,10 +21,17 @@ FLOORS = "recipe runtime data scoring generation checkpoints models prediction t
 HEAVY = {"torch", "transformers", "accelerate", "peft", "bitsandbytes", "pandas", "pydantic", "numpy"}
 
 
+@cache
+def parsed(path: Path) -> ast.Module:
+    """Parsed once for all rules."""
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@cache
 def imports(path: Path) -> set[str]:
     """Modules that a file imports, wherever in it."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             found |= {name.name for name in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
@@ -81,7 +89,7 @@ def engine_imports(node: ast.AST) -> set[str]:
     return found
 
 
-GRAPH = {module_of(path): engine_imports(ast.parse(path.read_text(encoding="utf-8"))) for path in MODULES}
+GRAPH = {module_of(path): engine_imports(parsed(path)) for path in MODULES}
 
 
 def test_there_are_no_import_circles() -> None:
@@ -110,7 +118,7 @@ def test_no_arrow_points_upward() -> None:
 def defined(path: Path) -> set[str]:
     """Names that a file itself makes: functions, classes, assignments; not what it imports."""
     names: set[str] = set()
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+    for node in parsed(path).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             names.add(node.name)
         elif isinstance(node, ast.Assign | ast.AnnAssign):
@@ -124,7 +132,7 @@ def test_names_are_imported_from_where_they_are_defined() -> None:
     homes = {module_of(path): defined(path) for path in MODULES}
     checked = 0
     for path in [*MODULES, *(ROOT / "tools").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(parsed(path)):
             if isinstance(node, ast.ImportFrom) and node.module in homes and node.module != "engine":
                 strangers = {name.name for name in node.names} - homes[node.module]
                 rooms = {name for name in strangers if f"{node.module}.{name}" in homes}
@@ -159,7 +167,7 @@ def test_rooms_and_functions_stay_small() -> None:
         lines = len(text.splitlines())
         packages[path.parent.name] = packages.get(path.parent.name, 0) + lines
         assert lines <= 450, f"{path}: {lines} lines"
-        for node in ast.walk(ast.parse(text)):
+        for node in ast.walk(parsed(path)):
             if isinstance(node, ast.FunctionDef):
                 functions += 1
                 length, depth = node.end_lineno - node.lineno + 1, depth_of(node)
@@ -175,7 +183,7 @@ def test_nothing_is_written_twice() -> None:
         text = path.read_text(encoding="utf-8")
         skipped = {
             number
-            for node in ast.walk(ast.parse(text))
+            for node in ast.walk(parsed(path))
             if isinstance(node, ast.Import | ast.ImportFrom)
             for number in range(node.lineno, node.end_lineno + 1)
         }

@@ -23,6 +23,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from functools import cache
 
 import torch
@@ -160,6 +161,8 @@ def _can_spell(piece: bytes, blocked: frozenset[str]) -> bool:
     Bytes at its start that only continue a character were judged with the piece that began it; a character cut short
     within the piece, and bytes that begin none, come out as U+FFFD.
     """
+    with suppress(UnicodeDecodeError):  # nearly all pieces are whole characters, which are judged ten times as fast
+        return any(script_of(character) in blocked for character in piece.decode())
     start = 0
     while start < len(piece):
         size = _length_of(piece[start])

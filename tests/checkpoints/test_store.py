@@ -67,7 +67,7 @@ def points_of_a_save(run: Path) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("sync", [True, False])
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+@pytest.mark.parametrize("number", [errno.ENOSPC, pytest.param(errno.EIO, marks=pytest.mark.slow)])
 def test_an_error_at_any_point_keeps_what_was_there(tmp_path, number, sync):
     points = points_of_a_save(tmp_path / "probe")
     assert len(points) > 12
@@ -163,6 +163,7 @@ print(*outcomes)
 """
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_in_the_middle_of_a_file(tmp_path, root):
     """Real short writes at growing sizes: they hit the random state, the weights, the optimizer and the manifest."""
     code = _FILE_SIZE_LIMIT.format(root=str(root), tests=str(root / "tests"))

@@ -6,11 +6,10 @@ import json
 import logging
 import time
 from functools import cache
-from pathlib import Path
 
 import pytest
 import tiny
-from encoders import DIALOGUE, SUMMARY, encoder, example, settings, tiny_llama
+from encoders import DIALOGUE, SHARED, SUMMARY, encoder, example, real_tokenizer, settings, tiny_llama
 
 from engine.data import rows as data_rows
 from engine.data.collate import IGNORE_INDEX, collate_seq2seq
@@ -19,7 +18,6 @@ from engine.data.rows import Example
 from engine.errors import EngineError
 from engine.recipe.schema import PLACEHOLDERS, Data
 
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason="no real data beside the checkout")
 STYLES = ("plain", "instruction", "chat")
 
@@ -308,14 +306,6 @@ def real_rows() -> list[Example]:
 
 
 @cache
-def real_tokenizer(name: str):
-    from engine.models import tokenization
-
-    if name == "llama3":
-        return llama3_tokenizer()
-    return tokenization.prepare(tokenization.load_tokenizer(SHARED / "tokenizers" / name), PLACEHOLDERS, name=name)
-
-
 def llama3_tokenizer():
     """Llama 3's special tokens and template over a small byte-level vocabulary trained on the dialogues."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -344,7 +334,7 @@ def llama3_tokenizer():
 
 
 @needs_data
-@pytest.mark.parametrize("length", [64, 512])
+@pytest.mark.parametrize("length", [64, pytest.param(512, marks=pytest.mark.slow)])
 def test_kobart_gives_back_every_summary(length):
     made = TextEncoder(real_tokenizer("kobart"), "seq2seq", settings(), length, 128)
     features = encode_all(made, real_rows())
@@ -356,10 +346,17 @@ def test_kobart_gives_back_every_summary(length):
 
 
 @needs_data
-@pytest.mark.parametrize("name", ["qwen3", "llama3"])
-@pytest.mark.parametrize("style", ["chat", "instruction"])
+@pytest.mark.parametrize(
+    ("style", "name"),
+    [
+        ("chat", "qwen3"),
+        pytest.param("chat", "llama3", marks=pytest.mark.slow),
+        pytest.param("instruction", "qwen3", marks=pytest.mark.slow),
+        pytest.param("instruction", "llama3", marks=pytest.mark.slow),
+    ],
+)
 def test_real_templates_supervise_the_reference_exactly(name, style):
-    tokenizer = real_tokenizer(name)
+    tokenizer = llama3_tokenizer() if name == "llama3" else real_tokenizer(name)
     made = TextEncoder(tokenizer, "causal", settings(style), 2048, 400)
     for feature, row in zip(encode_all(made, real_rows()), real_rows(), strict=True):
         check_causal(made, feature, row.references[0])
@@ -370,8 +367,9 @@ def test_real_templates_supervise_the_reference_exactly(name, style):
 
 @needs_data
 @pytest.mark.parametrize("name", ["qwen3", "llama3"])
+@pytest.mark.slow
 def test_truncation_keeps_template_and_answer_at_every_length(name):
-    tokenizer = real_tokenizer(name)
+    tokenizer = llama3_tokenizer() if name == "llama3" else real_tokenizer(name)
     template = len(TextEncoder(tokenizer, "causal", settings("chat"), 2048, 400)._encode([_template(tokenizer)])[0])
     rows = sorted(real_rows(), key=lambda row: -len(row.dialogue))[:4]
     for length in range(64, 1025, 15):
@@ -397,11 +395,12 @@ def _template(tokenizer) -> str:
 
 @needs_data
 def test_llama3_prompts_do_not_change_from_day_to_day():
-    text = _template(real_tokenizer("llama3"))
+    text = _template(llama3_tokenizer())
     assert "Today Date: 01 Jan 2025" in text and text.count("<|begin_of_text|>") == 1
 
 
 @needs_data
+@pytest.mark.slow
 def test_twelve_thousand_rows_do_not_take_minutes(caplog):
     rows = real_rows() * 5
     made = TextEncoder(real_tokenizer("qwen3"), "causal", settings("chat"), 1024, 200)

@@ -241,7 +241,16 @@ def test_a_missing_file_names_its_key(tmp_path, monkeypatch, key):
 # Fuzzing
 
 
-@pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl", "rows.json", "rows.csv.gz", "rows.parquet"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "rows.csv",
+        pytest.param("rows.jsonl", marks=pytest.mark.slow),
+        pytest.param("rows.json", marks=pytest.mark.slow),
+        pytest.param("rows.csv.gz", marks=pytest.mark.slow),
+        "rows.parquet",
+    ],
+)
 def test_damaged_files_never_end_in_another_exception(tmp_path, name):
     """Random damage: either the rows are read, or an EngineError with exit code 3 in one line."""
     source = _source_of(tmp_path, name)

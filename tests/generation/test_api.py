@@ -14,6 +14,7 @@ from generation_toys import (
     batch,
     build,
     decode,
+    each,
     one_thread,  # noqa: F401
     reference,
     resolved,
@@ -28,6 +29,11 @@ SEED = int(os.environ.get("GENERATION_SEED", "0")) or random.SystemRandom().rand
 DRAWS = int(os.environ.get("GENERATION_DRAWS", "24"))
 
 
+def draws(numbers: range) -> list:
+    """The first eight at a desk."""
+    return [pytest.param(n, marks=pytest.mark.slow if n >= numbers.start + 8 else ()) for n in numbers]
+
+
 def prompts(count: int, longest: int = 12, seed: int = 0) -> list[list[int]]:
     draw = random.Random(seed)
     return [[draw.randrange(6, VOCABULARY) for _ in range(draw.randint(1, longest))] for _ in range(count)]
@@ -40,7 +46,7 @@ def ids(results: list[list[Hypothesis]]) -> list[list[list[int]]]:
 # --- one batch ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", each())
 def test_new_tokens_only(family):
     model = shared(family)
     inputs = batch(model)
@@ -54,7 +60,7 @@ def test_new_tokens_only(family):
     assert ours.lengths.tolist() == (theirs.beam_indices >= 0).sum(1).tolist()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", each())
 def test_ended_means_the_model_ended(family):
     model = shared(family)
     ends = torch.tensor(model.generation_config.eos_token_id).reshape(-1).tolist()
@@ -88,7 +94,7 @@ def test_scope_output_spares_the_prompt():
     assert all(token not in row for token, row in zip(seen[:, 0].tolist(), inputs["input_ids"].tolist(), strict=True))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", each())
 @pytest.mark.parametrize("extra", [{}, {"do_sample": True}, {"max_time": 60.0}])
 def test_vocabulary_mask(family, extra):
     model = shared(family)
@@ -101,7 +107,7 @@ def test_vocabulary_mask(family, extra):
         assert set(out.sequences.flatten().tolist()) <= allowed
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", each())
 @pytest.mark.parametrize("spare", [0, 6, 64])
 @pytest.mark.parametrize("banned", [range(20, 30), range(20, 60), range(4, 90)])
 def test_mask_equals_suppressed_tokens(family, spare, banned, monkeypatch):
@@ -119,7 +125,7 @@ def test_mask_equals_suppressed_tokens(family, spare, banned, monkeypatch):
 # --- many prompts ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", each())
 def test_alone_or_in_any_batch(family):
     """An example's result depends on nothing but itself: not on company, padding, order or budget."""
     model = shared(family)
@@ -227,7 +233,7 @@ def snapshot(model) -> tuple:
     )
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", each())
 def test_model_is_left_as_found(family):  # 85, 91
     model = build(family)
     model.train()
@@ -240,7 +246,7 @@ def test_model_is_left_as_found(family):  # 85, 91
     assert out.sequences.tolist() == again.sequences.tolist()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", each())
 def test_model_is_left_as_found_after_an_error(family):
     model = build(family).train()
     before = snapshot(model)
@@ -298,14 +304,14 @@ def compare(seed: int, dtype: torch.dtype, tolerance: float) -> None:
     assert ours.native
 
 
-@pytest.mark.parametrize("number", range(DRAWS))
+@pytest.mark.parametrize("number", draws(range(DRAWS)))
 def test_random_configurations(number):
     """New draws in every run, in float64: what differs there is a mistake and never rounding."""
     print(f"GENERATION_SEED={SEED} draw {number}")
     compare(SEED + number, torch.float64, tolerance=1e-10)
 
 
-@pytest.mark.parametrize("seed", range(2026, 2026 + DRAWS))
+@pytest.mark.parametrize("seed", draws(range(2026, 2026 + DRAWS)))
 def test_drawn_configurations_in_float32(seed):
     """The same draws everywhere, as float32 rounds differently on every processor."""
     compare(seed, torch.float32, tolerance=1e-5)

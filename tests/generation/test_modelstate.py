@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from generation_toys import (
-    FAMILIES,
     assert_equal,
     batch,
     build,
     decode,
+    each,
     one_thread,  # noqa: F401
     reference,
     shared,
@@ -47,7 +47,7 @@ def new_tokens(model, inputs, **arguments) -> list[list[int]]:
     return reference(model, **inputs, **arguments).sequences[:, start:].tolist()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", each())
 def test_lora(family):  # 92
     peft = pytest.importorskip("peft")
     kind = "SEQ_2_SEQ_LM" if family in ("bart", "t5") else "CAUSAL_LM"
@@ -114,7 +114,7 @@ def test_four_bit(family):  # 92
     assert "forward" not in layer.__dict__
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", each())
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(family, dtype):
     """Half precision makes ties, so only the score of what was found is compared."""
@@ -127,7 +127,7 @@ def test_autocast(family, dtype):
     assert (ours.scores - theirs.sequences_scores).mean() > -0.1
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", each())
 def test_bfloat16_weights(family):
     model = build(family).to(torch.bfloat16)
     inputs = batch(model)
@@ -168,7 +168,7 @@ def test_threads():  # 93
     assert found == expected
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", each())
 def test_packed_layers(family, monkeypatch):
     monkeypatch.setattr(linears, "MIN_WEIGHTS_TO_PACK", 0)
     model = build(family)
@@ -194,6 +194,7 @@ def test_cache_is_small():
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="needs the shared data")
+@pytest.mark.slow
 def test_kobart_with_its_real_tokenizer_and_config():
     folder = SHARED / "tokenizers" / "kobart"
     config = BartConfig.from_pretrained(folder, decoder_layers=1, encoder_layers=1, init_std=0.08)

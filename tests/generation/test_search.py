@@ -18,6 +18,7 @@ from generation_toys import (
     batch,
     build,
     decode,
+    each,
     one_thread,  # noqa: F401
     reference,
     resolved,
@@ -116,14 +117,14 @@ def check(model, native: bool = True, **arguments):
     return ours
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", each())
 @pytest.mark.parametrize("name", COMMON)
 def test_settings(name, family):
     model = shared(family)
     check(model, **batch(model), **BEAMS | COMMON[name])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", each())
 @pytest.mark.parametrize("seed", range(1, 4))
 def test_other_weights(family, seed):
     model = build(family, seed)
@@ -131,13 +132,13 @@ def test_other_weights(family, seed):
     check(model, **batch(model, seed=seed), **BEAMS | {"num_return_sequences": 4, "max_new_tokens": 25})
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", each())
 def test_batch_of_one(family):  # 5
     model = shared(family)
     check(model, **batch(model, lengths=(7,)), **BEAMS)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", each())
 def test_ends_by_length_limits(family):
     model = shared(family)
     inputs = batch(model)
@@ -161,7 +162,7 @@ ERRORS = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", each())
 @pytest.mark.parametrize("name", ERRORS)
 def test_errors_are_theirs(name, family):
     model = shared(family)
@@ -173,13 +174,13 @@ def test_errors_are_theirs(name, family):
     assert str(ours.value) == str(theirs.value)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", each())
 def test_end_token_minus_one_runs_to_the_limit(family):  # 30
     model = shared(family)
     check(model, **batch(model), **BEAMS, eos_token_id=-1, forced_eos_token_id=None)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", each())
 def test_no_end_token(family):  # 31
     model = build(family)
     model.generation_config.eos_token_id = None
@@ -207,7 +208,7 @@ def test_kobart_ids():  # start 2, end a list, forced end != end
         check(model, **batch(model), num_beams=5, max_new_tokens=12, **extra)
 
 
-@pytest.mark.parametrize("family", ["bart", "t5"])
+@pytest.mark.parametrize("family", each(["bart", "t5"]))
 def test_decoder_prompts(family):
     model = shared(family)
     inputs = batch(model)
@@ -240,7 +241,7 @@ def test_padding_is_not_penalised(family, pad):  # 36, 81
         check(model, **inputs, **BEAMS, pad_token_id=pad, **extra)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", each())
 @pytest.mark.parametrize("pad", [0, 1, 2])
 def test_mask_is_inferred_when_absent(family, pad):  # 38
     model = shared(family)
@@ -248,7 +249,7 @@ def test_mask_is_inferred_when_absent(family, pad):  # 38
     check(model, input_ids=ids, **BEAMS, pad_token_id=pad, repetition_penalty=1.2)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", each())
 def test_a_row_of_nothing_but_padding(family):  # 64, 65, 66
     model = shared(family)
     inputs = batch(model)
@@ -257,7 +258,7 @@ def test_a_row_of_nothing_but_padding(family):  # 64, 65, 66
     check(model, **inputs, **BEAMS, repetition_penalty=1.3)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", each())
 def test_empty_input_is_their_error(family):  # 67, 68
     model = shared(family)
     ids = torch.zeros(2, 0, dtype=torch.long)
@@ -280,7 +281,7 @@ def test_input_beyond_the_positions():  # 70
     assert model.config._attn_implementation == "sdpa"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", each())
 def test_long_inputs(family):  # 71
     model = shared(family)
     lengths = (60, 33, 2) if family == "bart" else (200, 131, 2)
@@ -300,7 +301,7 @@ class Poison(LogitsProcessor):
         return scores
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", each())
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_one_broken_logit(family, value):  # 72, 73
     model = shared(family)
@@ -310,7 +311,7 @@ def test_one_broken_logit(family, value):  # 72, 73
     check(model, **inputs, **BEAMS, logits_processor=LogitsProcessorList([Poison(value, length + 2)]))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", each())
 def test_exact_ties(family):  # 74
     model = build(family)
     with torch.no_grad():
@@ -318,7 +319,7 @@ def test_exact_ties(family):  # 74
     check(model, **batch(model), **BEAMS)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", each())
 def test_twin_tokens(family):  # 75
     """Tokens 50-96 are twins of 3-49. Where twins share an input embedding too, which twin of equal hypotheses is kept
     hangs on the last bit of attention (other slots lie between the ancestors), so twins count as one there."""
@@ -333,7 +334,7 @@ def test_twin_tokens(family):  # 75
     assert first.tolist() == second.tolist() if tied else ours.sequences.tolist() == theirs.sequences.tolist()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", each())
 def test_resized_embeddings(family):  # 76
     model = build(family)
     model.resize_token_embeddings(VOCABULARY + 5, pad_to_multiple_of=64)
@@ -373,14 +374,14 @@ def test_encoder_outputs_given(family):  # 78
     assert_equal(ours, theirs)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", each())
 def test_same_model_different_shapes(family):  # 84
     model = shared(family)
     for lengths, beams, new in (((9, 4), 3, 8), ((3,), 5, 12), ((7, 7, 7, 2), 2, 3), ((9, 4), 3, 8)):
         check(model, **batch(model, lengths=lengths), num_beams=beams, max_new_tokens=new)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", each())
 @pytest.mark.parametrize("early", [True, False, "never"])
 def test_compaction_changes_nothing(family, early):  # 86, 89
     model = shared(family)
@@ -392,7 +393,7 @@ def test_compaction_changes_nothing(family, early):  # 86, 89
         assert_equal(decode(model, **inputs, **arguments, compaction=compaction), theirs)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", each())
 @pytest.mark.parametrize("every", [1, 3])
 def test_dropping_dead_slots_changes_nothing(family, every, monkeypatch):
     dropped = []
@@ -410,7 +411,7 @@ def test_dropping_dead_slots_changes_nothing(family, every, monkeypatch):
     assert sum(dropped) > 5
 
 
-@pytest.mark.parametrize("family", ["bart", "t5"])
+@pytest.mark.parametrize("family", each(["bart", "t5"]))
 def test_sources_in_groups_of_like_length(family):
     model = shared(family)
     lengths = (20, 19, 12, 11, 10, 4, 3, 1)
@@ -429,7 +430,7 @@ class Patience(StoppingCriteria):
         return input_ids[:, -1] % 5 == 0
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", each())
 def test_processors_of_the_user(family):  # 60
     model = shared(family)
     inputs = batch(model)
@@ -438,7 +439,7 @@ def test_processors_of_the_user(family):  # 60
     check(model, **inputs, **BEAMS, logits_processor=LogitsProcessorList([own]), min_length=3)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", each())
 def test_a_passed_config(family):
     model = shared(family)
     config = GenerationConfig(num_beams=3, max_new_tokens=9, no_repeat_ngram_size=2)
@@ -455,7 +456,7 @@ HANDED_BACK = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", each())
 @pytest.mark.parametrize("name", HANDED_BACK)
 def test_hand_back(name, family, caplog, monkeypatch):
     monkeypatch.setattr(fallback, "_told", set())
@@ -465,7 +466,7 @@ def test_hand_back(name, family, caplog, monkeypatch):
     assert len([r for r in caplog.records if "left to transformers" in r.message]) == 1
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", each())
 def test_hand_back_of_criteria_and_embeddings(family):  # 61, 79
     model = shared(family)
     inputs = batch(model)
@@ -483,7 +484,7 @@ def test_hand_back_of_sliding_windows():  # 80
     check(model, native=False, **batch(model), **BEAMS)
 
 
-@pytest.mark.parametrize("family", OTHERS)
+@pytest.mark.parametrize("family", each(OTHERS, quick=("marian", "gpt2")))
 def test_other_families(family):
     assert set(OTHERS) | set(FAMILIES) == {name for name, row in families.FAMILIES.items() if row.verified}
     for seed in range(2):
@@ -503,7 +504,7 @@ def test_unmarked_self_attention_is_handed_back():
     check(model, native=False, **batch(model), **BEAMS)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", each())
 def test_eager_attention(family):
     model = build(family)
     model.set_attn_implementation("eager")
@@ -519,7 +520,7 @@ def test_right_padding_is_decoded_as_it_is(family):  # 82
     check(model, **flipped, **BEAMS)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", each())
 def test_grouped_beam_search_is_their_error(family):  # 90
     model = shared(family)
     with pytest.raises(ValueError, match="custom_generate|trust_remote_code|diversity"):
@@ -536,6 +537,7 @@ def fixed_shapes(monkeypatch):
     monkeypatch.setattr(decoder, "PRUNE_EVERY", 5)
 
 
+CAPTURABLE = sorted(name for name, row in families.FAMILIES.items() if row.capturable)
 FIXED = [
     "beams5",
     "greedy",
@@ -548,7 +550,7 @@ FIXED = [
 ]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", each())
 @pytest.mark.parametrize("name", FIXED)
 def test_steps_of_fixed_shape(name, family, fixed_shapes):  # 87, 88
     model = shared(family)
@@ -562,14 +564,14 @@ def test_steps_of_fixed_shape(name, family, fixed_shapes):  # 87, 88
         )
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", each())
 def test_steps_of_fixed_shape_with_leaving_examples(family, fixed_shapes):
     model = shared(family)
     ends = {"eos_token_id": [1, 2, 7, 30, 31, 32], "early_stopping": True, "num_return_sequences": 3}
     check(model, cuda_graphs=True, **batch(model, lengths=(9, 3, 5, 7, 2, 8)), num_beams=3, max_new_tokens=30, **ends)
 
 
-@pytest.mark.parametrize("family", sorted(name for name, row in families.FAMILIES.items() if row.capturable))
+@pytest.mark.parametrize("family", each(CAPTURABLE))
 def test_steps_of_fixed_shape_never_wait_for_the_device(family, fixed_shapes, monkeypatch):
     """A capture fails at the first value that Python wants to know."""
     inner = graphs.StaticStep._run
@@ -601,7 +603,7 @@ def test_steps_are_plain_unless_graphs_are_asked_for(fixed_shapes, monkeypatch):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", each())
 @pytest.mark.parametrize("name", ["beams5", "greedy", "original_system", "ends_three"])
 def test_on_a_gpu(name, family):  # 87
     """With graphs, without, and transformers: the same tokens."""

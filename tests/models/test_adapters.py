@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 from adapted import CPU, IDS, WIDE, batch_of, build, logits, train
-from generation_toys import one_thread  # noqa: F401
+from generation_toys import each, one_thread  # noqa: F401
 
 from engine.errors import EngineError
 from engine.models import adapters
@@ -30,7 +30,7 @@ def frozen_state(model):
 # What is trained
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", each(tiny.FAMILIES))
 @pytest.mark.parametrize("variant", [{}, {"use_rslora": True}, {"use_dora": True}, {"bias": "lora_only"}])
 def test_training_moves_adapters_and_new_rows_and_nothing_else(tmp_path, family, variant):
     bundle = build(tiny.save(family, tmp_path / "base"), lora=variant)
@@ -117,7 +117,7 @@ def test_modules_to_save_are_trained_in_full_and_come_back(tmp_path):
 # Saving, reloading, going on
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", each(tiny.FAMILIES))
 def test_an_adapter_folder_is_small_complete_and_loads_without_us(tmp_path, family):
     from peft import AutoPeftModelForCausalLM, AutoPeftModelForSeq2SeqLM
 
@@ -185,9 +185,17 @@ def test_another_base_is_refused_and_the_right_one_found_again(tmp_path):
 
 # 4 bits
 
+QLORA_AT_A_DESK = {("fp32", "llama"), ("bf16", "qwen3"), ("fp16", "bart")}  # each precision and each family once
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "bart"])
-@pytest.mark.parametrize("trained", ["fp32", "bf16", "fp16"])
+
+@pytest.mark.parametrize(
+    ("trained", "family"),
+    [
+        pytest.param(trained, family, marks=() if (trained, family) in QLORA_AT_A_DESK else pytest.mark.slow)
+        for trained in ("fp32", "bf16", "fp16")
+        for family in ("llama", "qwen3", "bart")
+    ],
+)
 def test_qlora_trains_and_predicts_under_every_pair_of_precisions(tmp_path, family, trained):
     """fp16 uses a real GradScaler; nothing may crash in generate afterwards, whatever type the base is loaded in."""
     changes = {"d_model": 64, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128} if family == "bart" else WIDE
@@ -317,6 +325,7 @@ def test_adapters_are_on_by_default_only_with_4_bits():
     assert adapters.enabled(Recipe(lora=Lora(enabled=True)))
 
 
+@pytest.mark.slow
 def test_peft_and_bitsandbytes_are_imported_only_when_asked_for(root):
     code = (
         "import sys, torch\nsys.path.insert(0, 'tests')\nimport tiny\n"

@@ -136,6 +136,7 @@ def test_adapters_other_than_plain_lora_are_refused(tmp_path, change):
         load_trained(tmp_path / "adapter", device=CPU)
 
 
+@pytest.mark.slow
 def test_unreachable_hub_is_one_quick_error(root):
     """Without the offline switch and with names that do not resolve: the client must not retry for minutes."""
     code = (

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import tiny
 from built import SPOKEN
+from encoders import real_tokenizer
 
 from engine.errors import EngineError
 from engine.models import tokenization
-from engine.recipe.schema import PLACEHOLDERS
 
 
 def test_placeholders_of_real_summaries_survive_real_tokenizers(shared_data):
@@ -16,9 +16,8 @@ def test_placeholders_of_real_summaries_survive_real_tokenizers(shared_data):
 
     with (shared_data / "dialogsum_ko" / "train.csv").open(encoding="utf-8-sig", newline="") as file:
         summaries = [row["summary"] for row in csv.DictReader(file)]
-    for name, model_type in (("kobart", "bart"), ("qwen3", "qwen3")):
-        tokenizer = tokenization.load_tokenizer(shared_data / "tokenizers" / name)
-        tokenizer = tokenization.prepare(tokenizer, PLACEHOLDERS, name=name, model_type=model_type)
+    for name in ("kobart", "qwen3"):
+        tokenizer = real_tokenizer(name)
         for text in summaries:
             ids = tokenizer.encode(text, add_special_tokens=False)
             back = tokenizer.decode(ids, skip_special_tokens=True)

@@ -115,6 +115,7 @@ def test_mutated_recipes(tmp_path: Path, root: Path) -> None:
     assert rounds > 20
 
 
+@pytest.mark.slow
 def test_random_bytes_and_pieces(tmp_path: Path) -> None:
     rng, rounds = random.Random(21), 0
     end = time.monotonic() + SECONDS

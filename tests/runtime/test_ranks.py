@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import pytest
 from runtime_toys import in_ranks
 
 from engine.errors import EngineError
@@ -126,6 +127,7 @@ time.sleep(60) if rank == 0 else ranks.wait_for_all("never")
 """
 
 
+@pytest.mark.slow
 def test_a_frozen_host_of_the_store_is_noticed(root):
     """Requests to a store have no time limit: a thread has to keep the time."""
     command = [sys.executable, "-c", _FROZEN_HOST.format(root=str(root))]

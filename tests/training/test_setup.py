@@ -9,19 +9,21 @@ import pytest
 import runs
 import tiny
 
+from engine import train
 from engine.errors import EngineError
 from engine.recipe.schema import Recipe
+from engine.runtime.exits import main_guard
 from engine.training import setup
 
 ALONE = SimpleNamespace(ranks=SimpleNamespace(together=lambda what: nullcontext()))
 
 
-def test_dry_run_writes_nothing(tmp_path):
+def test_dry_run_writes_nothing(tmp_path, capsys):
     recipe = runs.write_recipe(tmp_path)
-    done = runs.launch("engine/train.py", recipe, "--dry-run")
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert main_guard(lambda: train.main([str(recipe), "--dry-run"])) == 0
+    told = capsys.readouterr().out
     for word in ("updates: 6", "parameters", "first batch"):
-        assert word in done.stdout
+        assert word in told
     assert not (tmp_path / "run").exists()
 
 

@@ -28,6 +28,7 @@ def test_tensorboard_holds_the_rows(trained):
     assert shown == pytest.approx(rows, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_wandb_offline_gets_the_same_rows(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
