@@ -64,6 +64,7 @@ def train_step(
     """
     import torch
 
+    from engine.models.sharding import full
     from engine.training.losses import summed_cross_entropy
     from engine.training.nonfinite import check_finite
     from engine.training.state import Update
@@ -76,13 +77,13 @@ def train_step(
                 micro_loss = summed_cross_entropy(
                     model, runtime.to_device(batch), label_smoothing=training.label_smoothing
                 )
-            # DistributedDataParallel averages gradients over ranks; the world size turns the average back into a sum.
+            # Ranks average their gradients, sharded or not; the world size turns the average back into a sum.
             scaler.scale(micro_loss * (runtime.world_size / max(1, window.tokens))).backward()
         loss_sum += micro_loss.detach()
 
     scaler.unscale_(optimizer)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, training.max_grad_norm or float("inf"))
+    grad_norm = full(torch.nn.utils.clip_grad_norm_(parameters, training.max_grad_norm or float("inf")))
     loss = runtime.ranks.sum_across_ranks(loss_sum) / max(1, window.tokens)
     # The one wait for the device in an update: both numbers decide whether the weights may be touched at all.
     loss, norm = torch.stack((loss.float(), grad_norm.float())).tolist()

@@ -299,13 +299,15 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--models", nargs="+", default=["full", "adapter"], choices=["full", "adapter", "qlora"])
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2], choices=[1, 2])
+    parser.add_argument("--set", dest="overrides", nargs="+", default=[], metavar="KEY=VALUE",
+                        help="for every run, such as distributed.strategy=fsdp")  # fmt: skip
     parser.add_argument("--keep", metavar="FOLDER", help="work there and keep the runs with findings")
     options = parser.parse_args()
 
     began = time.monotonic()
     work = fault_lab.open_workplace(options.keep, "faults-")
     print(f"seed {options.seed}, {options.trials} random kills, in {work}", flush=True)
-    campaign = Campaign(Lab(work), options.seed)
+    campaign = Campaign(Lab(work, options.overrides), options.seed)
     campaign.limit = options.points
     settings = [Setting(model, ranks) for model in options.models for ranks in options.ranks]
     for setting in settings:

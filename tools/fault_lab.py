@@ -92,7 +92,7 @@ class Lab:
 
     def attempt(self, setting: Setting, run: Path, plan: Plan, resume: str = "auto") -> list[int]:
         """Run (or resume) once under a plan; returns the ranks' exit statuses (negative: ended by that signal)."""
-        server, port = _host_store() if setting.ranks > 1 else (None, 0)
+        server, port = host_store() if setting.ranks > 1 else (None, 0)
         try:
             return self._attempt(setting, run, plan, port, resume)
         finally:
@@ -107,7 +107,7 @@ class Lab:
             pid = os.fork()
             if pid == 0:
                 recipe = [str(self.work / f"{setting.model}.yaml"), *_overrides(setting, run), *self.overrides]
-                _become_rank(rank, setting, port, log, plan, run, [*recipe, "--resume", resume])
+                become_rank(rank, setting, port, log, plan, run, [*recipe, "--resume", resume])
             pids.append(pid)
         statuses: list[int | None] = [None] * setting.ranks
         strike = self._strike(plan, run)
@@ -205,7 +205,7 @@ def open_workplace(keep: str | None, prefix: str) -> Path:
 # In the forked process
 
 
-def _host_store() -> tuple[int, int]:
+def host_store() -> tuple[int, int]:
     """A process that holds the ranks' key-value store, as a launcher's agent does: its pid and its port."""
     reading, writing = os.pipe()
     pid = os.fork()
@@ -222,7 +222,7 @@ def _host_store() -> tuple[int, int]:
     return pid, port
 
 
-def _become_rank(
+def become_rank(
     rank: int, setting: Setting, port: int, log: Path, plan: Plan, run: Path, arguments: list[str]
 ) -> None:  # never returns
     code = 1

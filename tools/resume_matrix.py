@@ -58,11 +58,13 @@ def main() -> int:
     parser.add_argument("--models", nargs="+", default=["full", "full_adamw8bit", "adapter", "qlora"])
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--precisions", nargs="+", default=["fp32", "fp16"])
+    parser.add_argument("--set", dest="overrides", nargs="+", default=[], metavar="KEY=VALUE",
+                        help="for every run, such as distributed.strategy=fsdp")  # fmt: skip
     parser.add_argument("--keep", metavar="FOLDER", help="work there and keep the runs with findings")
     options = parser.parse_args()
     began = time.monotonic()
     work = fault_lab.open_workplace(options.keep, "matrix-")
-    lab = Lab(work, EVERY_UPDATE)
+    lab = Lab(work, [*EVERY_UPDATE, *options.overrides])
     findings = []
     for model in options.models:
         for precision in options.precisions:

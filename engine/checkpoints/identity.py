@@ -45,6 +45,7 @@ ALLOWABLE = (
     "evaluation.*",
     "generation.*",
     "runtime.*",
+    "distributed.*",
 )
 _ROWS = ("world_size", "training.per_device_train_batch_size", "training.gradient_accumulation_steps")
 

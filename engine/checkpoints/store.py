@@ -149,7 +149,7 @@ class CheckpointStore:
         """Save everything as `checkpoint-<step>/`, after joining the save before. `wait` says whether it is whole.
 
         Args:
-            weights: called on rank 0, gives the live tensors.
+            weights: gives rank 0 the live tensors; called on all ranks, which gather them where the model is sharded.
             write_model: writes the plain model folder from such a mapping; must not read the live weights, which move
                 on.
             metrics: kept in the manifest, to find the best checkpoint again should `best.json` be lost.
@@ -159,7 +159,8 @@ class CheckpointStore:
         """
         self.wait()
         with self._failing_softly():
-            live = weights() if self.ranks.is_main else {}
+            live = weights()
+            live = live if self.ranks.is_main else {}
             optimizer = flatten_state(state.optimizer) if self.ranks.is_main else (None, {})
             folder = self._begin(step, [*live.values(), *optimizer[1].values()])
             rank_files = self._write_rank_files(folder, state)

@@ -65,15 +65,19 @@ class WindowSampler:
         start = index * self.window_size
         return self._order(epoch)[start : start + self.window_size].tolist()
 
-    def window(self, epoch: int, index: int) -> list[list[int]]:
-        """This rank's micro-batches of one update: at least one; `[]` where the last window has no row for it."""
+    def window(self, epoch: int, index: int, *, same_count: bool = False) -> list[list[int]]:
+        """This rank's micro-batches of one update: at least one; `[]` where the last window has no row for it.
+
+        Args:
+            same_count: as many on every rank, `[]` included.
+        """
         rows = self.global_window(epoch, index)
         per_step = self.micro_batch_size * self.world_size
         if self.strategy != "sequential":
             # Longest first: an update that does not fit fails in its first forward pass, and padding stays small.
             rows.sort(key=lambda row: (-int(self.lengths[row]), row))
         micro_batches = [self._deal(rows[start : start + per_step]) for start in range(0, len(rows), per_step)]
-        return [micro for micro in micro_batches if micro] or [[]]
+        return [micro for micro in micro_batches if micro or same_count] or [[]]
 
     def _deal(self, rows: list[int]) -> list[int]:
         """This rank's part of the rows that all ranks compute at the same time."""

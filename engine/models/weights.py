@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from engine import families
 from engine.errors import EngineError
 from engine.generation.modelstate import bare
-from engine.models import adapters, configuration, hub
+from engine.models import adapters, configuration, hub, sharding
 from engine.runtime.faults import blaming
 
 if TYPE_CHECKING:
@@ -167,10 +167,15 @@ def trainable_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """The same weights as live tensors under the model's own names, which `save_pretrained` takes as its state dict."""
+    """The same weights as live tensors under the model's own names, which `save_pretrained` takes as its state dict.
+
+    Of a sharded model, rank 0 gets the whole tensors in host memory and the others nothing; all ranks must call it.
+    """
     if is_adapted(model):
-        return {name: tensor.detach() for name, tensor in model.named_parameters() if tensor.requires_grad}
-    return model.state_dict()
+        live = {name: tensor.detach() for name, tensor in model.named_parameters() if tensor.requires_grad}
+    else:
+        live = model.state_dict()
+    return sharding.gathered(live) if sharding.is_sharded(model) else live
 
 
 @torch.no_grad()
@@ -201,15 +206,16 @@ def load_weights(model: nn.Module, folder: str | Path) -> None:
         advice = "use the checkpoint's own recipe"
         raise EngineError("E5.10", what, f"{folder}, first {first}", advice, safe="the model was not changed")
     for name, tensor in stored.items():
-        own[name].copy_(tensor)
+        own[name].copy_(sharding.part_of(tensor, like=own[name]))
 
 
 def _tied_names(tensors: dict[str, Tensor]) -> dict[str, set[str]]:
     """For each name, all names of the same memory: tied weights are stored once."""
     by_memory: dict[tuple[Any, ...], set[str]] = {}
-    for name, tensor in tensors.items():
-        by_memory.setdefault((tensor.data_ptr(), tensor.shape, tensor.device), set()).add(name)
-    return {name: by_memory[(tensor.data_ptr(), tensor.shape, tensor.device)] for name, tensor in tensors.items()}
+    places = {name: (sharding.address(tensor), tensor.shape, tensor.device) for name, tensor in tensors.items()}
+    for name, place in places.items():
+        by_memory.setdefault(place, set()).add(name)
+    return {name: by_memory[place] for name, place in places.items()}
 
 
 def default_precision(device: torch.device) -> str:

@@ -173,6 +173,34 @@ def _is_bias(pair: Any) -> bool:
     return all(type(token) is int and token >= 0 for token in ids) and type(bias) in (int, float)
 
 
+def check_distributed(recipe: Recipe) -> Iterator[Finding]:
+    distributed, training = recipe.distributed, recipe.training
+    if distributed.strategy != "fsdp":
+        for key in ("cpu_offload", "param_dtype"):
+            if distributed.strategy == "ddp" and set_later(recipe, f"distributed.{key}", "distributed.strategy"):
+                yield f"distributed.{key} distributed.strategy", "has no effect while distributed.strategy is ddp"
+        return
+    for key, message in sharding_obstacles(recipe):
+        yield f"distributed.strategy {key}", f"is fsdp, which {message}"
+    if distributed.param_dtype == "bf16" and training.precision not in ("auto", "bf16"):
+        keys = "distributed.param_dtype training.precision"
+        yield keys, f"is bf16, and training.precision is {training.precision}; let them agree"
+
+
+def sharding_obstacles(recipe: Recipe) -> Iterator[Finding]:
+    """Settings that a sharded model cannot serve: the key, and what to write instead."""
+    if recipe.quantization.load_in_4bit:
+        advice = "does not hold 4-bit weights safely yet; train with ddp, or without quantization"
+        yield "quantization.load_in_4bit", advice
+    if recipe.training.optim != "adamw":
+        yield "training.optim", "spreads the moments of torch's AdamW only; set training.optim: adamw"
+    if recipe.training.auto_batch_size:
+        yield (
+            "training.auto_batch_size",
+            "cannot try batches out: a rank that fails leaves the others waiting; turn it off",
+        )
+
+
 def check_paths(recipe: Recipe) -> Iterator[Finding]:
     for key in PATHS:
         section, _, name = key.partition(".")
@@ -193,6 +221,7 @@ CHECKS: tuple[Callable[[Recipe], Iterator[Finding]], ...] = (
     check_prompt,
     check_evaluation,
     check_generation,
+    check_distributed,
     check_paths,
 )
 

@@ -248,6 +248,12 @@ class Runtime(Section):
     emulate_fp16_on_cpu: bool = Field(False, description="Tests only: fp16 with a real GradScaler on the CPU, so that overflows and skipped updates are tried without a GPU.")
 
 
+class Distributed(Section):
+    strategy: Literal["auto", "ddp", "fsdp"] = Field("auto", description="How several ranks hold the model. ddp: each a whole copy; fsdp: each a part of every weight, gradient and moment (torch's FSDP2). auto shards where the memory estimate of a copy exceeds the device.")
+    param_dtype: Literal["fp32", "bf16"] = Field("fp32", description="Type in which fsdp gathers weights. bf16 halves traffic and gathered memory, and rounds norms and the residual stream too.")
+    cpu_offload: bool = Field(False, description="fsdp only: keep parts and optimizer in host memory; slower, for models that fit no other way.")
+
+
 class Recipe(Section):
     experiment: Experiment = Field(default_factory=Experiment)
     model: Model = Field(default_factory=Model)
@@ -262,6 +268,7 @@ class Recipe(Section):
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
     tracking: Tracking = Field(default_factory=Tracking)
     runtime: Runtime = Field(default_factory=Runtime)
+    distributed: Distributed = Field(default_factory=Distributed)
 
     # "section.key" -> (rank of the layer that set it, where that was). Not part of the recipe's value.
     _origins: dict[str, tuple[int, str]] = PrivateAttr(default_factory=dict)

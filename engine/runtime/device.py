@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import logging
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from engine.errors import EngineError
 
@@ -54,8 +54,16 @@ def choose_precision(wanted: str, device: str, emulate: bool) -> str:
     return wanted
 
 
-def build_accelerator(device: str, timeout: int) -> Accelerator:
-    """Accelerate's part: processes, devices, gradient exchange. Raises: EngineError E2.45 for other kinds of launch."""
+def build_accelerator(device: str, timeout: int, *, host_too: bool = False) -> Accelerator:
+    """Accelerate's part: processes, devices, gradient exchange.
+
+    Args:
+        timeout: seconds that a rank waits for another in a collective.
+        host_too: GPU ranks exchange tensors in host memory as well (offloaded weights).
+
+    Raises: EngineError E2.45 for other kinds of launch, E2.74 where the launched processes did not find each other.
+    """
+    _refuse_other_launches()
     # Accelerate lets the environment override the constructor here; the loop does its own accumulation.
     os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)
     import torch
@@ -70,13 +78,16 @@ def build_accelerator(device: str, timeout: int) -> Accelerator:
     if device.startswith("cuda:"):
         torch.cuda.set_device(device)
         os.environ["ACCELERATE_TORCH_DEVICE"] = device
+    exchange: dict[str, Any] = {"timeout": datetime.timedelta(seconds=timeout)}
+    if host_too and device != "cpu":
+        exchange["backend"] = "cuda:nccl,cpu:gloo"
     try:
         accelerator = Accelerator(
             cpu=device == "cpu",
             # The loop opens autocast and owns the scaler; Accelerate's wrapper would add fp32 copies of the logits.
             mixed_precision="no",
             gradient_accumulation_steps=1,
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=timeout))],
+            kwargs_handlers=[InitProcessGroupKwargs(**exchange)],
         )
     finally:
         if device.startswith("cuda:"):
@@ -84,4 +95,25 @@ def build_accelerator(device: str, timeout: int) -> Accelerator:
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
         what = f"launched for {accelerator.distributed_type.value}, which this engine does not run"
         raise EngineError("E2.45", what, "accelerate launch", "launch plain data parallelism (--multi_gpu)")
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != launched:  # each process would train alone, over the others' run folder
+        what = f"{launched} processes were launched, but Accelerate joined {accelerator.num_processes}"
+        raise EngineError("E2.74", what, "WORLD_SIZE", "launch with accelerate launch --multi_gpu, or with torchrun")
     return accelerator
+
+
+def _refuse_other_launches() -> None:
+    """Kinds of parallelism that a launch file may ask for and Accelerate, on some set-ups, silently leaves out."""
+    others = {
+        "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+        "ACCELERATE_USE_FSDP": "Accelerate's FSDP",
+        "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+        "ACCELERATE_USE_PARALLELISM_CONFIG": "Accelerate's parallelism config",
+    }
+    for name, kind in others.items():
+        if os.environ.get(name, "").lower() in ("1", "true", "yes", "on"):
+            what = (
+                f"launched for {kind}, which this engine does not run; it shards models by itself, with torch's FSDP2"
+            )
+            advice = "launch with --multi_gpu or torchrun, and set distributed.strategy=fsdp"
+            raise EngineError("E2.45", what, name, advice)

@@ -50,7 +50,7 @@ def start(recipe: Recipe) -> Runtime:
         torch.set_num_threads(settings.num_threads)
     device = choose_device(settings.device)
     precision = choose_precision(recipe.training.precision, device, settings.emulate_fp16_on_cpu)
-    accelerator = build_accelerator(device, settings.timeout_seconds)
+    accelerator = build_accelerator(device, settings.timeout_seconds, host_too=recipe.distributed.cpu_offload)
     runtime = Runtime(accelerator, precision, settings.timeout_seconds, show_progress=recipe.tracking.progress)
     if settings.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

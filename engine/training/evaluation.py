@@ -12,6 +12,7 @@ import torch
 
 from engine.errors import EngineError
 from engine.generation.modelstate import evaluation_mode
+from engine.models import sharding
 from engine.prediction.summarizer import gather_summaries
 from engine.scoring import endings, rouge
 from engine.training.losses import summed_cross_entropy, supervised_tokens
@@ -94,7 +95,14 @@ def evaluate(
     started = time.perf_counter()
     metrics: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
-    with same_random_state(runtime), evaluation_mode(bundle.model), torch.no_grad(), runtime.autocast():
+    model = bundle.model
+    with (
+        same_random_state(runtime),
+        sharding.whole(model),
+        evaluation_mode(model),
+        torch.no_grad(),
+        runtime.autocast(),
+    ):
         if split.targets is not None:
             metrics["loss"] = evaluation_loss(bundle, split.targets, runtime, settings.per_device_eval_batch_size)
         if summarizer is not None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from engine.checkpoints.state_files import check_alike
 from engine.checkpoints.store import EngineState
 from engine.data.collate import IGNORE_INDEX
+from engine.models import sharding
 from engine.models.bundle import save_model
 from engine.models.weights import weights_of
 from engine.runtime import signals
@@ -40,15 +41,15 @@ log = logging.getLogger("engine.train")
 class Learner(NamedTuple):
     """What an update moves."""
 
-    model: nn.Module  # the bundle's, wrapped by DistributedDataParallel where there are several ranks
+    model: nn.Module  # the bundle's: among several ranks wrapped by DistributedDataParallel, or sharded
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
     scaler: torch.amp.GradScaler
 
     def states(self) -> dict[str, Any]:
-        """All but the weights, under the names of `EngineState`."""
+        """All but the weights, under the names of `EngineState`; parts of a sharded model's moments gathered on rank 0."""
         parts = {"optimizer": self.optimizer, "scheduler": self.schedule, "scaler": self.scaler}
-        return {name: part.state_dict() for name, part in parts.items()}
+        return {name: sharding.gathered(part.state_dict()) for name, part in parts.items()}
 
     def load_states(self, saved: EngineState) -> None:
         """The inverse. Raises: ValueError and others for states of other parts."""
@@ -57,7 +58,7 @@ class Learner(NamedTuple):
         check_alike(saved.scaler, own["scaler"], "scaler")
         check_alike(saved.optimizer["param_groups"], own["optimizer"]["param_groups"], "optimizer")
         optim.check_moments(self.optimizer, saved.optimizer)
-        self.optimizer.load_state_dict(saved.optimizer)
+        self.optimizer.load_state_dict(sharding.parts_of_moments(self.optimizer, saved.optimizer))
         self.schedule.load_state_dict(saved.scheduler)
         self.scaler.load_state_dict(saved.scaler)
 
@@ -125,7 +126,8 @@ class Job:
     def load_window(self, epoch: int, index: int) -> Window:
         """This rank's micro-batches of one update, with the counts of the whole update: arithmetic, no collective."""
         rows = self.sampler.global_window(epoch, index)
-        batches = [self._collate(micro, rows) for micro in self.sampler.window(epoch, index)]
+        together = sharding.is_sharded(self.model)  # then each pass over a layer is a meeting of all ranks
+        batches = [self._collate(micro, rows) for micro in self.sampler.window(epoch, index, same_count=together)]
         return Window(
             batches=batches,
             tokens=sum(self.supervised[row] for row in rows),

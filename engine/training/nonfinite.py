@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from engine.errors import EngineError
+from engine.models.sharding import full
 
 if TYPE_CHECKING:
     import torch
@@ -67,7 +68,7 @@ def check_weights(model: nn.Module, step: int) -> None:
     Raises: EngineError: E7.3 for a NaN or an infinity among the trainable weights, as after an update with an absurd rate.
     """
     trainable = [parameter.detach() for parameter in model.parameters() if parameter.requires_grad]
-    largest = float(nn.utils.get_total_norm(trainable, norm_type=math.inf))
+    largest = float(full(nn.utils.get_total_norm(trainable, norm_type=math.inf)))
     if not math.isfinite(largest):
         advice = "lower training.learning_rate, or set training.max_grad_norm"
         raise EngineError("E7.3", f"the weights hold {largest}", f"after step {step}", advice, safe=_NOT_SAVED)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from engine.checkpoints.identity import identity_of
 from engine.checkpoints.store import CheckpointStore, refusing
 from engine.data import encode, rows
@@ -17,7 +19,7 @@ from engine.models import adapters, build, tokenization, weights
 from engine.prediction.summarizer import Summarizer
 from engine.recipe.dump import dump
 from engine.runtime.atomic import write_text_atomically
-from engine.training import memory, optim, unused
+from engine.training import distribution, memory, optim, unused
 from engine.training.batch_size import with_fitting_batch
 from engine.training.blueprint import blueprint
 from engine.training.evaluation import Split, try_scoring
@@ -76,16 +78,21 @@ def prepare(
     What a run computes depends on the order of these steps; each says what it must come before or after.
     """
     # All ranks still draw the same numbers here, so that new weights (of a head, a token, an adapter) are equal everywhere.
+    sharded = distribution.sharded(recipe, runtime)
     with runtime.ranks.together("building the model"):
-        bundle = build.build_model(recipe, device=runtime.device, precision=runtime.precision)
+        # To be sharded, it is laid out in host memory: no device ever holds it whole.
+        device = torch.device("cpu") if sharded else runtime.device
+        bundle = build.build_model(recipe, device=device, precision=runtime.precision)
     encoder = bundle.text_encoder()
     with runtime.ranks.together("tokenising"):
         features = encode.encode_all(encoder, splits.train, augment=recipe.data.instruction_augmentation)
         dev = Split.of("dev", splits.dev, encoder).subset(recipe.evaluation.max_samples) if splits.dev else None
     bundle.model.train()  # from_pretrained returns it in eval mode, without dropout
+    if sharded:
+        distribution.shard(bundle, recipe, runtime)
     with runtime.ranks.together("trying one row"):
         irregular = unused.keep_out(bundle, features, runtime)
-    model = unused.wrap(bundle.model, runtime, irregular=irregular)
+    model = distribution.wrap(bundle.model, runtime, irregular=irregular)
 
     # Sampler, the checkpoint's identity and recipe.yaml must all know the batch that is trained, so it is tried first.
     if recipe.training.auto_batch_size:

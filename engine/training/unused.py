@@ -54,19 +54,6 @@ def keep_out(bundle: ModelBundle, features: list[Feature], runtime: Runtime) -> 
     return chosen or any(getattr(module, "layerdrop", 0.0) for module in model.modules())
 
 
-def wrap(model: nn.Module, runtime: Runtime, *, irregular: bool) -> nn.Module:
-    """The model as Accelerate prepares it for this rank; `irregular` is what `keep_out` returned, on any rank.
-
-    Each rank drops layers of its own. Dropping none on several ranks would train another model than one rank does, so
-    DistributedDataParallel looks at every backward pass for what it used. That search costs time: only these models pay it.
-    """
-    if runtime.ranks.any_rank(irregular) and runtime.world_size > 1:
-        from accelerate import DistributedDataParallelKwargs
-
-        runtime.accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
-    return runtime.accelerator.prepare(model)
-
-
 def _without_gradient(bundle: ModelBundle, features: list[Feature], runtime: Runtime) -> dict[str, nn.Parameter]:
     """Trainable parameters without a gradient after the backward pass of one row.
 

@@ -1,0 +1,122 @@
+"""One model spread over all ranks by torch's FSDP2: each rank keeps a part of every weight, gradient and moment.
+
+`shard` changes the model in place; the training loop stays what it is. A layer's weights are gathered just before it runs
+and dropped just after. Whatever leaves this room is plain again: whole tensors under the names of the unsharded model, so
+that a checkpoint does not show how many ranks wrote it, nor how they held the model.
+
+Every function that gathers is collective: all ranks call it, in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from engine.generation.modelstate import bare
+
+
+def shard(model: nn.Module, device: torch.device, *, param_dtype: torch.dtype | None, cpu_offload: bool) -> None:
+    """Spread the weights of `model`, which lies whole in host memory, over the ranks; parts and buffers go to `device`.
+
+    Args:
+        param_dtype: type in which weights are gathered; None gathers them as they are kept. Gradients are summed in
+            float32 either way.
+        cpu_offload: keep the parts, and the optimizer's work, in host memory.
+    """
+    world = torch.distributed.get_world_size()
+    settings = {
+        "mesh": init_device_mesh(device.type, (world,)),
+        "mp_policy": MixedPrecisionPolicy(
+            param_dtype=param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        ),
+        "offload_policy": CPUOffloadPolicy(pin_memory=device.type != "cpu") if cpu_offload else OffloadPolicy(),
+    }
+    for layer in layers(model):
+        fully_shard(layer, **settings)
+    fully_shard(model, **settings)  # what is left: embeddings, the head that may be tied to them, the last norm
+
+
+def layers(model: nn.Module) -> list[nn.Module]:
+    """The modules that a model class must not split: its layers."""
+    names = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
+    return [module for module in model.modules() if type(module).__name__ in names]
+
+
+def is_sharded(model: nn.Module) -> bool:
+    return isinstance(bare(model), FSDPModule)
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole tensor on every rank; a plain one as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def address(tensor: Tensor) -> int:
+    """Where a tensor's memory begins; of a part, this rank's own."""
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).data_ptr()
+
+
+def gathered(tree: Any, known: dict[int, Tensor | None] | None = None) -> Any:
+    """Nested dicts and lists with every part replaced by the whole tensor in host memory, on rank 0 only: None elsewhere.
+
+    One tensor at a time, so that no other rank, and no GPU, ever holds the model whole; tied weights once, so that whoever
+    writes them sees that they are one. Plain tensors stay.
+    """
+    known = {} if known is None else known
+    if isinstance(tree, Mapping):
+        return {key: gathered(value, known) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [gathered(value, known) for value in tree]
+    if not isinstance(tree, DTensor):
+        return tree
+    place = address(tree)
+    if place not in known or tree.to_local().numel() == 0:  # of small tensors this rank may have nothing
+        whole = tree.full_tensor()
+        known[place] = whole.cpu() if torch.distributed.get_rank() == 0 else None
+    return known[place]
+
+
+def part_of(whole: Tensor, like: Tensor) -> Tensor:
+    """This rank's part of a whole tensor that every rank has, laid out as `like`; without communication."""
+    if not isinstance(like, DTensor):
+        return whole
+    return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def parts_of_moments(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> Mapping[str, Any]:
+    """An optimizer's saved state with whole moments, cut to the parts of its parameters. `saved` is left as it is."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+    def cut(index: int, moments: Mapping[str, Any]) -> dict[str, Any]:
+        own = parameters[index]
+        return {
+            name: part_of(value, own) if isinstance(value, Tensor) and value.shape == own.shape else value
+            for name, value in moments.items()
+        }
+
+    return dict(saved) | {"state": {index: cut(index, moments) for index, moments in saved["state"].items()}}
+
+
+@contextmanager
+def whole(model: nn.Module) -> Iterator[None]:
+    """While open, every rank holds the model whole and computes on its own, however many batches the others have."""
+    if not is_sharded(model):
+        yield
+        return
+    parts = [module for module in bare(model).modules() if isinstance(module, FSDPModule)]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.reshard()
+            part.set_reshard_after_forward(part is not parts[0], recurse=False)

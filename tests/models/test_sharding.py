@@ -1,0 +1,96 @@
+"""Sharding in a world of one rank: what is spread comes back whole, under its own names and to the bit."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import tiny
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from engine.models import sharding, weights
+
+
+@pytest.fixture
+def alone(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def spread(family):
+    model = tiny.model(family)
+    plain = copy.deepcopy(model)
+    sharding.shard(model, torch.device("cpu"), param_dtype=None, cpu_offload=False)
+    return model, plain
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_weights_come_back_whole(alone, tmp_path, family):
+    model, plain = spread(family)
+    assert sharding.is_sharded(model) and not sharding.is_sharded(plain)
+    assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+    found, expected = weights.weights_of(model), plain.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    names = [name for name in found if found[name].data_ptr() == found["lm_head.weight"].data_ptr()]
+    assert (len(names) > 1) is tied
+
+    plain.save_pretrained(tmp_path / "saved")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    weights.load_weights(model, tmp_path / "saved")
+    found = weights.weights_of(model)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_moments_come_back_whole(alone):
+    model, plain = spread("bart")
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-3) for m in (model, plain)]
+    batch = tiny.batch_for("bart")
+    for m, optimizer in zip((model, plain), optimizers, strict=True):
+        m.eval()(**batch).loss.backward()  # without dropout
+        optimizer.step()
+    saved = sharding.gathered(optimizers[0].state_dict())
+    expected = optimizers[1].state_dict()
+    assert saved["param_groups"] == expected["param_groups"]
+    for index, moments in expected["state"].items():
+        for name, value in moments.items():
+            assert type(saved["state"][index][name]) is torch.Tensor
+            assert torch.allclose(saved["state"][index][name], value, atol=1e-7), (index, name)
+
+    again = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    again.load_state_dict(sharding.parts_of_moments(again, saved))
+    back = sharding.gathered(again.state_dict())
+    assert all(
+        torch.equal(back["state"][i][name], value)
+        for i, moments in saved["state"].items()
+        for name, value in moments.items()
+    )
+
+
+@pytest.mark.parametrize("family", ["bart", "llama"])
+def test_decodes_whole_and_is_sharded_again(alone, family):
+    model, plain = spread(family)
+    batch = {name: tensor for name, tensor in tiny.batch_for(family).items() if name in ("input_ids", "attention_mask")}
+    model(**tiny.batch_for(family))  # as in training, which always comes first
+    with torch.no_grad():
+        expected = plain.eval().generate(**batch, max_new_tokens=4, num_beams=2)
+        with sharding.whole(model.eval()):
+            assert not any(isinstance(parameter, DTensor) for parameter in model.parameters())
+            for _ in range(2):
+                assert torch.equal(model.generate(**batch, max_new_tokens=4, num_beams=2), expected)
+    assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def test_a_plain_model_passes_through():
+    model = tiny.model("bart")
+    tensor = next(model.parameters())
+    with sharding.whole(model):
+        assert sharding.full(tensor) is tensor and sharding.part_of(tensor, like=tensor) is tensor
+    state = {"a": [tensor, 1], "b": None}
+    assert sharding.gathered(state)["a"][0] is tensor
