@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from engine import families
 from engine.data import vocabulary
-from engine.models import adapters, configuration, hub, tokenization, weights
+from engine.models import adapters, configuration, hub, sharding, tokenization, weights
 from engine.models.size import by_layers, check_depth, device_bytes, size_text
 from engine.training import output_head
 
@@ -34,6 +34,7 @@ _PARTS = (
     ("weights", "weights"),
     ("gradients", "gradients of the trainable weights"),
     ("gradient_buckets", "buckets of DistributedDataParallel"),
+    ("gathered", "weights gathered from the other ranks, and their gradients"),
     ("optimizer", "optimizer state"),
     ("activations", "activations kept for the backward pass"),
     ("logits", "a piece of the logits, and its gradients"),
@@ -43,9 +44,17 @@ _PARTS = (
 
 
 def estimate(
-    recipe: Recipe, *, precision: str | None = None, device: torch.device | None = None, world_size: int = 1
+    recipe: Recipe,
+    *,
+    precision: str | None = None,
+    device: torch.device | None = None,
+    world_size: int = 1,
+    sharded: bool = False,
 ) -> dict[str, Any]:
     """Bytes on one device, for the longest rows that the recipe lets through.
+
+    Args:
+        sharded: the ranks hold the model in parts, as `models.sharding` lays them out.
 
     Returns:
         Bytes by part (`weights`, `gradients`, `optimizer`, `activations`, `logits`, `kv_cache`, ...), `training_peak`,
@@ -71,11 +80,18 @@ def estimate(
         "optimizer": _optimizer_bytes(trainable, recipe.training.optim),
         "activations": _activations(config, recipe, precision, new_tokens, shape),
         "logits": _logit_bytes(model, shape, precision),
+        "gathered": 0,
         "workspace": _workspace(model, recipe.quantization),
         "kv_cache": _cache_bytes(config, shape, precision),
     }
+    if sharded:
+        for name in ("weights", "gradients", "optimizer"):
+            parts[name] = -(-parts[name] // world_size)
+        parts |= {"gradient_buckets": 0, "gathered": _gathered_bytes(model)}
     resident = parts["weights"] + parts["optimizer"]
-    step = sum(parts[name] for name in ("gradients", "gradient_buckets", "activations", "logits", "workspace"))
+    step = sum(
+        parts[name] for name in ("gradients", "gradient_buckets", "gathered", "activations", "logits", "workspace")
+    )
     peaks = {"training_peak": resident + step, "evaluation_peak": resident + parts["workspace"] + parts["kv_cache"]}
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -220,6 +236,15 @@ def _logit_bytes(model: nn.Module, shape: dict[str, int], precision: str) -> int
     if weight.dtype == adapters.DTYPES[precision]:
         return piece
     return piece + 2 * weight.numel() * (2 if weight.requires_grad else 1)
+
+
+def _gathered_bytes(model: nn.Module) -> int:
+    """What a rank holds whole: embeddings, head and last norm all along, the layer at work, the next one being fetched;
+    and the gradients of one of these at a time."""
+    layers = [sum(p.numel() * p.element_size() for p in layer.parameters()) for layer in sharding.layers(model)]
+    rest = sum(p.numel() * p.element_size() for p in model.parameters()) - sum(layers)
+    largest = max(layers, default=0)
+    return rest + 2 * largest + max(rest, largest)
 
 
 def _workspace(model: nn.Module, settings: Quantization) -> int:

@@ -208,7 +208,11 @@ def dry_run(recipe: Recipe, runtime: Runtime) -> dict[str, Any]:
     """Everything up to the first batch, and what the run would cost, printed and returned."""
     splits = read_splits(recipe, runtime)
     estimate = memory.estimate(
-        recipe, precision=runtime.precision, device=runtime.device, world_size=runtime.world_size
+        recipe,
+        precision=runtime.precision,
+        device=runtime.device,
+        world_size=runtime.world_size,
+        sharded=distribution.sharded(recipe, runtime),
     )
     if runtime.is_main:
         print(memory.table(estimate, runtime.device), flush=True)  # before the model is loaded, which may not fit

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 import pytest
+from accelerate.utils import DistributedType
 
 from engine.errors import EngineError
 from engine.runtime import device
@@ -38,3 +39,20 @@ def test_precision_is_resolved(monkeypatch):
         assert device.choose_precision("auto", "cuda", False) == resolved
     with pytest.raises(EngineError, match=r"error E2\.43"):
         device.choose_precision("bf16", "cuda", False)
+
+
+@pytest.mark.parametrize("name", ["ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM"])
+def test_other_kinds_of_parallelism_are_refused_by_name(monkeypatch, name):
+    """On a CPU Accelerate would silently deliver plain data parallelism instead."""
+    monkeypatch.setenv(name, "true")
+    with pytest.raises(EngineError, match=rf"E2\.45.*FSDP2 \| {name} .*distributed.strategy=fsdp"):
+        device.build_accelerator("cpu", 60)
+
+
+def test_ranks_that_did_not_join_are_refused(monkeypatch):
+    """Each would train alone, over the same run folder."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    joined = type("Alone", (), {"distributed_type": DistributedType.NO, "num_processes": 1})
+    monkeypatch.setattr("accelerate.Accelerator", lambda **settings: joined)
+    with pytest.raises(EngineError, match=r"E2\.74.*2 processes were launched, but Accelerate joined 1"):
+        device.build_accelerator("cpu", 60)

@@ -140,6 +140,17 @@ def test_distributed_ranks_hold_gradient_buckets(tmp_path):
     assert estimate["gradient_buckets"] == estimate["gradients"]
 
 
+def test_sharded_ranks_hold_their_part(tmp_path):
+    settings = recipe(tiny.save("llama", tmp_path, num_hidden_layers=12))
+    whole = memory.estimate(settings, precision="fp32", world_size=4)
+    part = memory.estimate(settings, precision="fp32", world_size=4, sharded=True)
+    for name in ("weights", "gradients", "optimizer"):
+        assert part[name] == -(-whole[name] // 4)
+    assert part["gradient_buckets"] == 0 < part["gathered"] < whole["weights"]
+    assert part["training_peak"] < whole["training_peak"]
+    assert "gathered from the other ranks" in memory.table(part, CPU)
+
+
 def test_real_shapes_cost_nothing(tmp_path):
     """Llama-3.2-3B's shape: nothing of 13 GB is made, and the numbers are those of the model's card."""
     values = {
