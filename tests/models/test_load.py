@@ -11,6 +11,8 @@ from built import CPU, build, logits
 from generation_toys import one_thread  # noqa: F401
 
 from engine.errors import EngineError
+from engine.models import build as build_room
+from engine.models import load as load_room
 from engine.models import weights
 from engine.models.bundle import PROMPT_FILE, save_model
 from engine.models.load import load_trained
@@ -48,3 +50,10 @@ def test_a_tokenizer_larger_than_its_model_is_refused(tmp_path, family):
     tokenizer.save_pretrained(folder)
     with pytest.raises(EngineError, match=rf"E4\.15: the tokenizer has {len(tokenizer)} tokens, the model only"):
         load_trained(folder, device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("room", "use"), [(load_room, lambda at: load_trained(at, device=CPU)), (build_room, build)])
+def test_a_bug_of_ours_is_no_fault_of_the_folder(tmp_path, monkeypatch, room, use):
+    monkeypatch.setattr(room, "describe", None)
+    with pytest.raises(TypeError):
+        use(tiny.save("bart", tmp_path))

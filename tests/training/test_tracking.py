@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import math
+import os
+import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
 import runs
 
 from engine.recipe.schema import Recipe
+from engine.runtime.exits import main_guard
 from engine.training.tracking import Tracker, read_rows, strict_json, write_predictions
 
 
@@ -26,6 +31,21 @@ def test_tensorboard_holds_the_rows(trained):
     rows = {row["step"]: row["loss"] for row in runs.rows_of(folder / "run")}
     shown = {event.step: event.value for event in events.Scalars("train/loss")}
     assert shown == pytest.approx(rows, rel=1e-6)
+
+
+def test_a_disk_that_fills_under_tensorboard_ends_the_run_in_one_line_of_code_6(tmp_path, monkeypatch, capsys):
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    def full(self, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    recipe = runs.write_recipe(tmp_path, tracking__report_to=["tensorboard"], evaluation__strategy="no")
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)  # main_guard sets its own: put back afterwards
+    monkeypatch.setattr(RecordWriter, "write", full)
+    assert main_guard(lambda: runs.train(recipe)["exit_code"]) == 6
+    told = capsys.readouterr().err
+    assert "Traceback" not in told and told.count("error E6.5") == 1 and told.count("stopped: OSError") == 1, told
 
 
 def test_wandb_offline_gets_the_same_rows(tmp_path, monkeypatch):
