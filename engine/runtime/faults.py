@@ -16,6 +16,7 @@ from engine.errors import EngineError
 from engine.runtime.exits import DISK, classify
 
 _LONGEST = 200  # characters of a library's own words
+_SLIPS = (AssertionError, AttributeError, LookupError, NameError, TypeError)  # what a line that is wrong raises
 _HOME = str(Path(errors.__file__).parent) + os.sep
 _PLAIN = (ValueError, RuntimeError, OSError)  # their text is a sentence; of other types the name says half of it
 
@@ -51,12 +52,11 @@ def blaming(
 
 
 def _is_a_bug(error: BaseException) -> bool:
-    """Whether it was raised by a line of ours that did not mean to: an odd file fails in the library that reads it, or at
-    a check of ours, which says so in a sentence."""
+    """Whether a line of ours slipped: on an odd file a library fails, or a check of ours, which says so in a sentence."""
     at = error.__traceback__
     while at.tb_next is not None:
         at = at.tb_next
-    return at.tb_frame.f_code.co_filename.startswith(_HOME) and not isinstance(error, (*_PLAIN, ArithmeticError))
+    return isinstance(error, _SLIPS) and at.tb_frame.f_code.co_filename.startswith(_HOME)
 
 
 def first_line(error: BaseException) -> str:

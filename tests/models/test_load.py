@@ -57,3 +57,12 @@ def test_a_bug_of_ours_is_no_fault_of_the_folder(tmp_path, monkeypatch, room, us
     monkeypatch.setattr(room, "describe", None)
     with pytest.raises(TypeError):
         use(tiny.save("bart", tmp_path))
+
+
+@pytest.mark.parametrize("value", ["x", 7, [1], {"load_in_4bit": "x"}])
+def test_a_wrong_record_of_the_base_is_the_folders_fault(tmp_path, value):
+    save_model(build(tiny.save("llama", tmp_path / "base"), lora={"enabled": True}), tmp_path / "adapter")
+    record = json.loads((tmp_path / "adapter" / "base_model.json").read_text(encoding="utf-8"))
+    (tmp_path / "adapter" / "base_model.json").write_text(json.dumps(record | {"quantization": value}))
+    with pytest.raises(EngineError, match=r"E4\.16"):
+        load_trained(tmp_path / "adapter", device=CPU)

@@ -48,11 +48,16 @@ def test_a_disk_that_fills_under_tensorboard_ends_the_run_in_one_line_of_code_6(
     assert "Traceback" not in told and told.count("error E6.5") == 1 and told.count("stopped: OSError") == 1, told
 
 
-def test_wandb_offline_gets_the_same_rows(tmp_path, monkeypatch):
+def test_wandb_offline_gets_the_same_rows_and_no_secret_of_the_command_line(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
+    secrets = ["hf_" + letter * 20 for letter in "ABC"]  # of the command, the recipe and the environment
     monkeypatch.setenv("WANDB_MODE", "offline")
-    runs.train(runs.write_recipe(tmp_path, tracking__report_to=["wandb"]))
-    assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))
+    monkeypatch.setenv("HF_TOKEN", secrets[2])
+    monkeypatch.setattr(sys, "argv", ["train.py", f"model.config={{token: {secrets[0]}}}"])
+    runs.train(runs.write_recipe(tmp_path, tracking__report_to=["wandb"], model__config={"token": secrets[1]}))
+    (written,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
+    everything = b"".join(path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file())
+    assert b"train/loss" in written.read_bytes() and not [text for text in secrets if text.encode() in everything]
 
 
 def test_numbers_that_json_lacks_become_null_and_are_listed():
