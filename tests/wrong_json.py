@@ -156,7 +156,7 @@ def json_files(kind: str, folder: Path) -> list[str]:
 
 
 def cases(folders: dict[str, Path], seed: int) -> list[Case]:
-    """All cases, in an order in which the first ones are of every file: drawn within a file by the seed."""
+    """All cases, in an order drawn by the seed in which the files take turns: the first ones are of different files."""
     draw, files = random.Random(seed), []
     for kind, folder in folders.items():
         for file in json_files(kind, folder):
@@ -164,6 +164,7 @@ def cases(folders: dict[str, Path], seed: int) -> list[Case]:
             found = [Case(kind, file, place, wrong) for place in places(value) for wrong in WRONG]
             draw.shuffle(found)
             files.append(found)
+    draw.shuffle(files)
     return [case for turn in zip_longest(*files) for case in turn if case is not None]
 
 

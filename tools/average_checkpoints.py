@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import sys
 import time
@@ -57,31 +56,26 @@ def average(folders: Sequence[Path], weights: Sequence[float] | None, output: Pa
     from safetensors.torch import save_file
 
     from engine.models import hub
-    from engine.runtime.atomic import write_json_atomically
+    from engine.runtime.atomic import new_folder, write_json_atomically
 
     for folder in folders:
         hub.check_folder(folder)
-    partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
-    partial.mkdir(parents=True)
     try:
-        with ExitStack() as stack:
+        with new_folder(output) as partial, ExitStack() as stack:
             members = [Tensors(folder, stack) for folder in folders]
             ensembling.check_names([list(member.files) for member in members])
             for shard, names in members[-1].shards.items():
                 mean = {name: ensembling.average_tensors([m.read(name) for m in members], weights) for name in names}
                 save_file(mean, partial / shard, metadata={"format": "pt"})
-        copy_the_rest(folders[-1], partial)
-        shares = ensembling.normalised(weights, len(folders))
-        record = {"members": [str(folder) for folder in folders], "weights": shares}
-        write_json_atomically(partial / "averaging.json", record)
-        partial.rename(output)
+            copy_the_rest(folders[-1], partial)
+            shares = ensembling.normalised(weights, len(folders))
+            record = {"members": [str(folder) for folder in folders], "weights": shares}
+            write_json_atomically(partial / "averaging.json", record)
     except ValueError as error:
         where = ", ".join(map(str, folders))
         raise EngineError(
             "E4.60", str(error), where, "average checkpoints of one model", safe=NOTHING_WRITTEN
         ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 class Tensors:
@@ -155,6 +149,8 @@ def chosen(args: argparse.Namespace) -> tuple[list[Path], Path]:
     """(members, folder to write). Raises EngineError E2 for arguments that do not go together."""
     from ensembling import normalised
 
+    from engine.runtime.atomic import refuse_existing
+
     given = [Path(folder) for folder in args.folders]
     folders = last_checkpoints(given[0], args.last) if args.last and len(given) == 1 else given
     problem = None
@@ -173,10 +169,7 @@ def chosen(args: argparse.Namespace) -> tuple[list[Path], Path]:
         raise EngineError("E2.62", problem, "command line", "see --help", safe=NOTHING_WRITTEN)
     steps = "-".join(folder.name.removeprefix("checkpoint-") for folder in folders)
     output = Path(args.output) if args.output else given[0] / f"averaged-{steps}"
-    if output.exists():
-        raise EngineError(
-            "E2.63", "the output folder exists", str(output), "remove it, or give --output", safe=NOTHING_WRITTEN
-        )
+    refuse_existing(output)
     return folders, output
 
 

@@ -11,7 +11,6 @@ and loads it once to see that no weight is missing.
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,28 +28,21 @@ def convert(source: str, output: Path, revision: str | None = None) -> Path:
         EngineError: E2 for an output that is there already or a switch that makes pickle unsafe, E4 for a model that
             cannot be had or read, or whose configuration asks for code of its own.
     """
-    if output.exists():
-        raise EngineError(
-            "E2.63", "the output is there already", str(output), "name a new folder", safe="nothing was written"
-        )
     import torch
 
     from engine.models import configuration, hub, pickled, weights
     from engine.recipe.schema import Model
+    from engine.runtime.atomic import new_folder, refuse_existing
 
+    refuse_existing(output)
     folder = hub.find(source, revision, allow_pickled=True)
     hub.check_pickled_folder(folder)
-    partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with new_folder(output) as partial:
         pickled.write_copy(folder, partial)
         hub.check_folder(partial)
         config = configuration.load_config(Model(name_or_path=str(partial)), partial)
         with weights.quiet_transformers():
             weights.load_folder(partial, config, dtype="auto", device=torch.device("cpu"))
-        partial.rename(output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return output
 
 
@@ -70,4 +62,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from engine.runtime.exits import main_guard
+
+    sys.exit(main_guard(main))

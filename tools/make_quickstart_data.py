@@ -29,7 +29,14 @@ import csv
 import io
 import random
 import re
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # so that it also runs without the package installed
+
+from engine.runtime.atomic import write_text_atomically  # noqa: E402
 
 SEED = 20240917
 SPLITS = {"train": 2000, "dev": 100, "test": 100}
@@ -837,15 +844,16 @@ def to_csv(rows: list[dict]) -> str:
     return buffer.getvalue()
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Write the quickstart data set (train.csv, dev.csv, test.csv).")
-    parser.add_argument("--output", type=Path, default=Path(__file__).resolve().parents[1] / "recipes" / "quickstart")
-    output = parser.parse_args().output
+    parser.add_argument("--output", type=Path, default=ROOT / "recipes" / "quickstart")
+    output = parser.parse_args(argv).output
     output.mkdir(parents=True, exist_ok=True)
     for split, rows in make_splits().items():
-        (output / f"{split}.csv").write_text(to_csv(rows), encoding="utf-8", newline="\n")
+        write_text_atomically(output / f"{split}.csv", to_csv(rows))
         print(f"{output / split}.csv: {len(rows)} rows")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

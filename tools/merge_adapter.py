@@ -59,11 +59,9 @@ def merge(adapter: Path, output: Path, base: str | None = None, precision: str =
     from engine.models.load import load_trained
     from engine.prediction import export
     from engine.prediction.predictor import recipe_of
+    from engine.runtime.atomic import new_folder, refuse_existing
 
-    if output.exists():
-        raise EngineError(
-            "E2.63", "the output is there already", str(output), "name a new folder", safe=NOTHING_WRITTEN
-        )
+    refuse_existing(output)
     if not hub.is_adapter(adapter):
         raise EngineError(
             "E4.64", "no adapter (adapter_config.json) here", str(adapter), "check the path", safe=NOTHING_WRITTEN
@@ -80,9 +78,7 @@ def merge(adapter: Path, output: Path, base: str | None = None, precision: str =
         report["four_bit"] = difference(outputs(rounded.model, rounded), outputs(bundle.model, bundle))
         del rounded
 
-    partial = output.with_name(f".{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with new_folder(output) as partial:
         save_model(bundle, partial)
         copy_recipe(adapter, partial)
         alone = load_alone(partial, bundle, device)
@@ -91,10 +87,6 @@ def merge(adapter: Path, output: Path, base: str | None = None, precision: str =
         export.write_generation_config(partial, bundle, recipe.generation)  # after the checks, which decode greedily
         (partial / "README.md").write_text(export.card(recipe, bundle), encoding="utf-8")
         (partial / "merge_report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        output.parent.mkdir(parents=True, exist_ok=True)
-        partial.rename(output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return report
 
 
@@ -219,4 +211,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from engine.runtime.exits import main_guard
+
+    sys.exit(main_guard(main))

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import csv
 import hashlib
+import io
 import json
 import os
 import signal
@@ -29,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # so that it also runs without the package installed
 
 from engine.errors import EngineError  # noqa: E402
+from engine.runtime.atomic import without_links, write_text_atomically  # noqa: E402
 
 if TYPE_CHECKING:
     from engine.recipe.schema import Recipe
@@ -114,7 +116,7 @@ def run_child(recipe: str, name: str, overrides: Sequence[str], folder: Path, ti
     metrics.unlink(missing_ok=True)
     command = [sys.executable, __file__, "--child", recipe, "--output", str(folder), *overrides]
     started = time.perf_counter()
-    with (folder / f"{name}.log").open("w", encoding="utf-8") as log:
+    with open(folder / f"{name}.log", "w", encoding="utf-8", opener=without_links) as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             code: int | None = process.wait(timeout)
@@ -202,19 +204,16 @@ def model_name(recipe: str, overrides: Sequence[str]) -> str:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_text_atomically(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Empty cells where there is no score: a failure is not a score of 0."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=COLUMNS, extrasaction="ignore", restval="")
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(partial, path)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=COLUMNS, extrasaction="ignore", restval="")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text_atomically(path, text.getvalue())
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

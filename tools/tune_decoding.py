@@ -115,11 +115,12 @@ class Ledger:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def add(self, key: str, decoding: Decoding, changes: dict[str, Any]) -> None:
+        from engine.runtime.atomic import append_text
+
         self.path.parent.mkdir(parents=True, exist_ok=True)
         cut_off = self.path.exists() and self.path.read_bytes()[-1:] not in (b"\n", b"")
-        with self.path.open("a", encoding="utf-8") as handle:
-            line = json.dumps({"key": key, "changes": changes, "decoding": asdict(decoding)}, ensure_ascii=False)
-            handle.write(("\n" if cut_off else "") + line + "\n")
+        line = json.dumps({"key": key, "changes": changes, "decoding": asdict(decoding)}, ensure_ascii=False)
+        append_text(self.path, ("\n" if cut_off else "") + line + "\n")
 
 
 def identity_of(subject: Subject) -> str:
@@ -297,6 +298,7 @@ def main(argv: list[str] | None = None) -> int:
     from trials import open_subject
 
     from engine.runtime.atomic import write_text_atomically
+    from engine.runtime.run_folder import refuse_link
     from engine.scoring.rouge import tokenizer_id
 
     subject = open_subject(args.run, input_file=args.input, device=args.device, limit=args.limit)
@@ -304,6 +306,8 @@ def main(argv: list[str] | None = None) -> int:
     metric = args.metric or (own_metric if own_metric in METRICS else "rouge_sum")
     tokenizer = args.rouge_tokenizer or subject.recipe.evaluation.rouge_tokenizer
     output = Path(args.output) if args.output else subject.home / "tuning"
+    for path in (output / "trials.jsonl", *(() if args.output else (output,))):  # the run may be a stranger's
+        refuse_link(path)
     ledger = Ledger(output / "trials.jsonl", identity_of(subject))
     trials = run_trials(subject, grid, ledger, metric=metric, tokenizer=tokenizer, seed=args.seed)
 

@@ -116,6 +116,10 @@ class TextEncoder:
             features.append(Feature(input_ids, labels, row.index, prompt.tokens, len(content) + 1))
         return features
 
+    def prompt_text(self, dialogue: str) -> str:
+        """The prompt around a dialogue, as text and in full length."""
+        return self._render(_Row(Example("", dialogue, (), None, 0), 0, dialogue, None, None), dialogue)
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """Generated ids to a clean summary: special tokens left out, placeholders such as `#Person1#` kept."""
         ids = [int(token) for token in token_ids if token >= 0]

@@ -68,13 +68,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def blaming_folder(where: str | Path | None) -> AbstractContextManager[None]:
-    """The border around all use of a model folder: what no closer look has named is E4.16, with the folder's name.
+    """The border around all use of a model folder: what no closer look has named is E4.16, with the folder's name; but for
+    bugs of ours, which keep their traceback.
 
     Args:
         where: the folder or its name; None where a recipe's `model.config` alone describes the model.
     """
     next = "check the folder's JSON files, or download it again" if where else "check model.config"
-    return blaming("E4.16", "the model cannot be used", where or "model.config", next)
+    return blaming("E4.16", "the model cannot be used", where or "model.config", next, wide=True)
 
 
 def is_adapter(folder: Path) -> bool:

@@ -55,7 +55,8 @@ def load_trained(
         tokenization.ensure_end_and_pad(tokenizer, str(folder))
 
         quantization = hub.base_record(adapter).get("quantization") if adapter and four_bit else None
-        bits = adapters.quantization_config(Quantization(**quantization), precision, device) if quantization else None
+        settings = Quantization.model_validate(quantization) if quantization else None
+        bits = adapters.quantization_config(settings, precision, device) if settings else None
         dtype = adapters.DTYPES[precision]
         spread = bits is None and weights.too_large(source.folder, dtype, device)
         places = {"device": device, "offload_folder": offload_folder if spread else None}

@@ -68,18 +68,13 @@ def cached_copy(folder: Path, *, code: bool = False) -> Path:
 def _make_copy(folder: Path, copy: Path, code: bool) -> None:
     if copy.is_dir():  # another process has made it meanwhile
         return
-    partial = copy.with_name(f".tmp-{copy.name}")
-    shutil.rmtree(partial, ignore_errors=True)  # of a killed process; nobody else writes now
-    try:
+    with atomic.new_folder(copy) as partial:
         write_copy(folder, partial, code=code)
-        os.replace(partial, copy)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     log.info("%s has pickled weights: read by torch's restricted reader into %s, once", folder, copy)
 
 
 def write_copy(folder: Path, output: Path, *, code: bool = False) -> None:
-    """Write a folder's pickled weights to a new folder as safetensors, beside its configuration and tokenizer.
+    """Write a folder's pickled weights to an empty folder as safetensors, beside its configuration and tokenizer.
 
     Types stay. A tensor that has several names is stored under each, so that every class finds the names it looks for.
 
@@ -91,7 +86,6 @@ def write_copy(folder: Path, output: Path, *, code: bool = False) -> None:
 
     _refuse_unsafe()
     shards = _shards(folder)
-    output.mkdir(parents=True)
     names: dict[str, str] = {}
     size = 0
     for number, shard in enumerate(shards, start=1):

@@ -7,9 +7,6 @@ in an evaluation.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +17,15 @@ from engine.errors import DATA, EngineError
 from engine.generation.api import generate_all
 from engine.generation.settings import GenerationSettings
 from engine.models import adapters, configuration
+from engine.runtime import bounded
 
 if TYPE_CHECKING:
     from engine.models.bundle import ModelBundle
 
 _DIALOGUE = "#Person1#: 안녕하세요?\n#Person2#: 네."
 _TOKENS = 8  # of the prompt that the model reads
-_LINES = 2_000_000  # of Python, about a second: a template that needs more for two turns does not end
+_TURNS = 200  # what a template does only with long dialogues shows here too
+_APPETITE = {"seconds": 2, "mebibytes": 512}  # of a template; real ones take milliseconds
 _ONE_TOKEN = {"max_new_tokens": 1, "num_beams": 1, "num_return_sequences": 1, "do_sample": False}
 
 
@@ -38,8 +37,8 @@ def try_out(bundle: ModelBundle) -> None:
     """
     encoder = bundle.text_encoder()
     encoder = replace(encoder, max_source_length=1 << 30)  # whether a prompt fits is a question for each dialogue
-    with _ending(_LINES):
-        ids = _prompt(encoder)
+    _try_template(encoder)
+    ids = _prompt(encoder)
     room, _ = configuration.most_tokens(bundle.model, bundle.family)
     was_training = bundle.model.training
     try:
@@ -47,6 +46,16 @@ def try_out(bundle: ModelBundle) -> None:
     finally:
         bundle.model.train(was_training)
     encoder.decode(token_ids)
+
+
+def _try_template(encoder: Any) -> None:
+    """A chat template is a program of somebody else's: whether it ends is found out where it can do no harm."""
+    if encoder.settings.style != "chat":
+        return
+    dialogues = (_DIALOGUE, "\n".join([_DIALOGUE] * (_TURNS // 2)))
+    if fault := bounded.fault_of(lambda: [encoder.prompt_text(text) for text in dialogues], **_APPETITE):
+        what, where = f"the chat template cannot be used: it {fault}", encoder.tokenizer.name_or_path
+        raise EngineError("E4.18", what, where, "mend it, or set prompt.style=instruction")
 
 
 def _prompt(encoder: Any) -> list[int]:
@@ -75,23 +84,3 @@ def _decode(bundle: ModelBundle, ids: list[int]) -> list[int]:
     with torch.autocast(model.device.type, dtype=dtype, enabled=dtype != torch.float32):
         ((best, *_),) = generate_all(model, [ids], settings, pad_token_id=pad, tokenizer=bundle.tokenizer)
     return best.token_ids
-
-
-@contextmanager
-def _ending(limit: int) -> Iterator[None]:
-    """Bound a computation by lines of Python. A template is a program that nobody else can interrupt: it has no sleep, no
-    wait and no signal, only loops."""
-    lines, before = 0, sys.gettrace()
-
-    def count(frame: Any, event: str, argument: Any) -> Any:
-        nonlocal lines
-        lines += event == "line"
-        if lines > limit:
-            raise RuntimeError("the chat template does not end")
-        return count
-
-    sys.settrace(count)
-    try:
-        yield
-    finally:
-        sys.settrace(before)

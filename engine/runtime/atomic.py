@@ -7,7 +7,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,37 @@ def append_text(path: Path, text: str) -> None:
 def without_links(path: str, flags: int) -> int:
     """As `opener` of `open`: refuses a link in the file's place (Windows has no such flag)."""
     return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
+
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """A folder to fill. It gets its name when the block has ended well, and is gone when it has not.
+
+    Raises: EngineError E2.63 as `refuse_existing`.
+    """
+    refuse_existing(output)
+    partial = output.with_name(f".{output.name}.partial")
+    _remove(partial)  # of a killed process, or somebody's link
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        partial.rename(output)
+    finally:
+        _remove(partial)
+
+
+def refuse_existing(output: Path) -> None:
+    """Raises: EngineError E2.63 where something has that name, be it a link that leads nowhere."""
+    if os.path.lexists(output):
+        what, advice = "the output is there already", "remove it, or name a new folder"
+        raise EngineError("E2.63", what, str(output), advice, safe="nothing was written")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def remove_partials(folder: Path, name: str | None = None) -> None:

@@ -6,6 +6,7 @@ exceptions but stand inside `blaming`.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,15 +16,22 @@ from engine.errors import EngineError
 from engine.runtime.exits import DISK, classify
 
 _LONGEST = 200  # characters of a library's own words
+_SLIPS = (AssertionError, AttributeError, LookupError, NameError, TypeError)  # what a line that is wrong raises
+_HOME = str(Path(errors.__file__).parent) + os.sep
 _PLAIN = (ValueError, RuntimeError, OSError)  # their text is a sentence; of other types the name says half of it
 
 
 @contextmanager
-def blaming(code: str, what: str, where: str | Path = "", next: str = "", *, safe: str | None = None) -> Iterator[None]:
+def blaming(
+    code: str, what: str, where: str | Path = "", next: str = "", *, safe: str | None = None, wide: bool = False
+) -> Iterator[None]:
     """Turn whatever fails inside into `EngineError(code)`, "<what>: <the library's first line>".
 
     Left alone are errors that are told already, requests to stop, and what no file is guilty of: too little memory (E8)
     and a disk that is full or broken (E6).
+
+    Args:
+        wide: more is inside than the reading of files. What breaks in our own code is then left alone too.
     """
     try:
         yield
@@ -38,7 +46,17 @@ def blaming(code: str, what: str, where: str | Path = "", next: str = "", *, saf
             raise known from error
         if isinstance(error, OSError) and error.errno in DISK:
             raise
+        if wide and _is_a_bug(error):
+            raise
         raise EngineError(code, f"{what}: {first_line(error)}", str(where), next, safe=safe) from error
+
+
+def _is_a_bug(error: BaseException) -> bool:
+    """Whether a line of ours slipped: on an odd file a library fails, or a check of ours, which says so in a sentence."""
+    at = error.__traceback__
+    while at.tb_next is not None:
+        at = at.tb_next
+    return isinstance(error, _SLIPS) and at.tb_frame.f_code.co_filename.startswith(_HOME)
 
 
 def first_line(error: BaseException) -> str:

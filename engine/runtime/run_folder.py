@@ -126,9 +126,14 @@ def refuse_links(folder: Path) -> None:
     """
     inner = [entry for name in ("predictions", "tensorboard") for entry in _entries(folder / name)]
     for entry in [entry for entry in _entries(folder) if _WRITTEN.fullmatch(entry.name)] + inner:
-        if entry.is_symlink() or not (entry.is_file() or entry.is_dir()):
-            what = "a run writes here, and what stands here is a link or no plain file"
-            raise EngineError("E6.8", what, str(entry), "remove it, then run again")
+        refuse_link(entry)
+
+
+def refuse_link(path: Path) -> None:
+    """Raises: EngineError E6.8 for a link, a pipe or a device."""
+    if path.is_symlink() or (path.exists() and not (path.is_file() or path.is_dir())):
+        what = "this is written to, and what stands here is a link or no plain file"
+        raise EngineError("E6.8", what, str(path), "remove it, then run again")
 
 
 def _entries(folder: Path) -> list[Path]:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from engine.recipe.schema import Recipe
 
 log = logging.getLogger("engine.train")
+# W&B would take the command line along, and the repository's address: either may hold a token.
+_WANDB = {"x_disable_meta": True, "disable_git": True}
 _NOT_SCALARS = {"split", "step", "rouge_tokenizer", "rouge_tokenizer_version", "sample_ids_sha256"}
 
 
@@ -87,8 +89,8 @@ class Tracker:
             purge = None if resumed_step is None else resumed_step + 1
             trackers.append(TensorBoardTracker("", str(self.run_dir / "tensorboard"), purge_step=purge))
         if "wandb" in recipe.tracking.report_to:
-            settings = {"name": self.run_dir.name, "dir": str(self.run_dir), "resume": "allow", "id": self.run_dir.name}
-            trackers.append(WandBTracker(recipe.tracking.wandb_project, **settings))
+            named = {"name": self.run_dir.name, "dir": str(self.run_dir), "resume": "allow", "id": self.run_dir.name}
+            trackers.append(WandBTracker(recipe.tracking.wandb_project, **named, settings=_WANDB))
         return trackers
 
     def _forget_after(self, step: int, logging_steps: int) -> None:

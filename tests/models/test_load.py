@@ -11,6 +11,8 @@ from built import CPU, build, logits
 from generation_toys import one_thread  # noqa: F401
 
 from engine.errors import EngineError
+from engine.models import build as build_room
+from engine.models import load as load_room
 from engine.models import weights
 from engine.models.bundle import PROMPT_FILE, save_model
 from engine.models.load import load_trained
@@ -48,3 +50,19 @@ def test_a_tokenizer_larger_than_its_model_is_refused(tmp_path, family):
     tokenizer.save_pretrained(folder)
     with pytest.raises(EngineError, match=rf"E4\.15: the tokenizer has {len(tokenizer)} tokens, the model only"):
         load_trained(folder, device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("room", "use"), [(load_room, lambda at: load_trained(at, device=CPU)), (build_room, build)])
+def test_a_bug_of_ours_is_no_fault_of_the_folder(tmp_path, monkeypatch, room, use):
+    monkeypatch.setattr(room, "describe", None)
+    with pytest.raises(TypeError):
+        use(tiny.save("bart", tmp_path))
+
+
+@pytest.mark.parametrize("value", ["x", 7, [1], {"load_in_4bit": "x"}])
+def test_a_wrong_record_of_the_base_is_the_folders_fault(tmp_path, value):
+    save_model(build(tiny.save("llama", tmp_path / "base"), lora={"enabled": True}), tmp_path / "adapter")
+    record = json.loads((tmp_path / "adapter" / "base_model.json").read_text(encoding="utf-8"))
+    (tmp_path / "adapter" / "base_model.json").write_text(json.dumps(record | {"quantization": value}))
+    with pytest.raises(EngineError, match=r"E4\.16"):
+        load_trained(tmp_path / "adapter", device=CPU)

@@ -10,19 +10,36 @@ import tiny
 import torch
 
 from engine.errors import EngineError
+from engine.models import trial
 from engine.models.build import build_model
 from engine.prediction.predictor import Predictor
 from engine.recipe.schema import Recipe
 
 LOOP = "{% for i in range(99999) %}{% for k in range(99999) %}{% endfor %}{% endfor %}"
 TEMPLATES = {
-    "loops": (LOOP, r"E4\.18.*does not end"),
-    "writes 50 MB": ("{{ 'x' * 50000000 }}", r"E4\.18.*50,000,000 characters"),
+    "loops": (LOOP, r"E4\.18.*it takes more than 1 s"),
+    "computes in C": ("{{ 9 ** (9 ** 9) }}", r"E4\.18.*it takes more than 1 s"),
+    "loops over long dialogues": (
+        "{% if messages[-1]['content'] | length > 999 %}" + LOOP + "{% endif %}x",
+        r"E4\.18.*more than 1 s",
+    ),
+    "repeats": ("{{ 'a' * 10 ** 10 }}", r"E4\.18.*it takes more than 64 MiB"),
+    "doubles": (
+        "{% set ns = namespace(x='x') %}{% for i in range(40) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+        r"E4\.18.*more than 64 MiB",
+    ),
+    "nests": (
+        "{% set ns = namespace(x='x') %}{% for i in range(40) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x }}",
+        r"E4\.18.*takes more than",
+    ),
+    "writes 5 MB": ("{{ 'x' * 5000000 }}", r"E4\.18.*5,000,000 characters"),
     "is no template": ("{% for %}", r"E4\.18.*TemplateSyntaxError"),
     "writes half characters": ("{{ '\\ud800' }}", r"E4\.16"),
     "writes nothing": ("{% if false %}x{% endif %}", r"E4\.16.*no token"),
     "has a message": ("{{ raise_exception('no, thank you') }}", r"E2\.71.*no, thank you"),
 }
+
+SLOW = ("loops over long dialogues", "doubles", "nests")
 
 
 def build(folder: Path, **sections):
@@ -30,8 +47,9 @@ def build(folder: Path, **sections):
     return build_model(recipe, device=torch.device("cpu"), precision="fp32")
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_a_bad_template_is_told_when_the_model_is_loaded(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in TEMPLATES])
+def test_a_bad_template_is_told_when_the_model_is_loaded(name: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(trial, "_APPETITE", {"seconds": 1, "mebibytes": 64})
     template, match = TEMPLATES[name]
     folder = tiny.save("llama", tmp_path / "model")
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import errno
+from pathlib import Path
+from string import Template
 
 import pytest
 
 from engine.errors import EngineError
+from engine.runtime import faults
 from engine.runtime.exits import classify
 from engine.runtime.faults import blaming, first_line
 from engine.runtime.signals import Stopped
@@ -80,3 +83,21 @@ def test_a_value_of_ten_thousand_letters_is_not_quoted_in_full() -> None:
 
 def test_half_characters_of_a_file_can_be_printed() -> None:
     assert r"\ud800" in str(EngineError("E4.9", "the key \ud800 is wrong"))
+
+
+def test_a_bug_of_ours_is_not_blamed_on_the_file_that_was_open(monkeypatch) -> None:
+    def blamed_with(broken, *, wide=True):
+        with blaming("E4.16", "cannot be used", "folder", wide=wide):
+            broken()
+
+    def check():
+        raise ValueError("no name")
+
+    monkeypatch.setattr(faults, "_HOME", str(Path(__file__).parent))
+    with pytest.raises(KeyError):
+        blamed_with(lambda: {}["name"])
+    with pytest.raises(EngineError, match=r"E4\.16.*KeyError"):  # of a close look at one file
+        blamed_with(lambda: {}["name"], wide=False)
+    for broken in (Template("$name").substitute, check):  # a library that met the file's content, and a check of ours
+        with pytest.raises(EngineError, match=r"E4\.16"):
+            blamed_with(broken)

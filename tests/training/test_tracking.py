@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import math
+import os
+import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
 import runs
 
 from engine.recipe.schema import Recipe
+from engine.runtime.exits import main_guard
 from engine.training.tracking import Tracker, read_rows, strict_json, write_predictions
 
 
@@ -28,12 +33,32 @@ def test_tensorboard_holds_the_rows(trained):
     assert shown == pytest.approx(rows, rel=1e-6)
 
 
+def test_a_disk_that_fills_under_tensorboard_ends_the_run_in_one_line_of_code_6(tmp_path, monkeypatch, capsys):
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    def full(self, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    recipe = runs.write_recipe(tmp_path, tracking__report_to=["tensorboard"], evaluation__strategy="no")
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)  # main_guard sets its own: put back afterwards
+    monkeypatch.setattr(RecordWriter, "write", full)
+    assert main_guard(lambda: runs.train(recipe)["exit_code"]) == 6
+    told = capsys.readouterr().err
+    assert "Traceback" not in told and told.count("error E6.5") == 1 and told.count("stopped: OSError") == 1, told
+
+
 @pytest.mark.slow
-def test_wandb_offline_gets_the_same_rows(tmp_path, monkeypatch):
+def test_wandb_offline_gets_the_same_rows_and_no_secret_of_the_command_line(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
+    secrets = ["hf_" + letter * 20 for letter in "ABC"]  # of the command, the recipe and the environment
     monkeypatch.setenv("WANDB_MODE", "offline")
-    runs.train(runs.write_recipe(tmp_path, tracking__report_to=["wandb"]))
-    assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))
+    monkeypatch.setenv("HF_TOKEN", secrets[2])
+    monkeypatch.setattr(sys, "argv", ["train.py", f"model.config={{token: {secrets[0]}}}"])
+    runs.train(runs.write_recipe(tmp_path, tracking__report_to=["wandb"], model__config={"token": secrets[1]}))
+    (written,) = (tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")
+    everything = b"".join(path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file())
+    assert b"train/loss" in written.read_bytes() and not [text for text in secrets if text.encode() in everything]
 
 
 def test_numbers_that_json_lacks_become_null_and_are_listed():
