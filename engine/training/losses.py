@@ -44,8 +44,10 @@ def _head_sees_only(head: nn.Module, positions: Tensor) -> Iterator[None]:
     """
 
     def narrow(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor]:
-        hidden = arguments[0]  # (B, T, D)
-        return (hidden.reshape(-1, hidden.shape[-1])[positions],)
+        hidden = arguments[0]
+        if hidden.dim() == 4:  # (B, G, T, D): ProphetNet's streams; the first predicts the next token, as in decoding
+            return (hidden[:, 0].flatten(0, 1)[positions][:, None],)  # (N, 1, D), of which the model takes stream 0
+        return (hidden.reshape(-1, hidden.shape[-1])[positions],)  # (B, T, D) -> (N, D)
 
     handle = head.register_forward_pre_hook(narrow)
     try:
