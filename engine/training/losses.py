@@ -45,9 +45,7 @@ def summed_cross_entropy(model: nn.Module, batch: Mapping[str, Tensor], *, label
         label_smoothing: share of the target probability spread evenly over the vocabulary (Szegedy et al., 2016).
     """
     labels = aligned_labels(batch).reshape(-1)  # (B*T,)
-    positions = (
-        (labels != IGNORE_INDEX).nonzero().squeeze(1)
-    )  # (N,); a host sync on GPUs, paid back by the smaller head
+    positions = (labels != IGNORE_INDEX).nonzero().squeeze(1)  # (N,); a host sync, paid back by the smaller head
     targets = labels[positions]
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     plain = bare(model)
@@ -55,11 +53,17 @@ def summed_cross_entropy(model: nn.Module, batch: Mapping[str, Tensor], *, label
     caught: list[Tensor] = []  # the supervised hidden states (N, D), and their loss
 
     def narrow(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor]:
-        hidden = arguments[0].reshape(-1, arguments[0].shape[-1])[positions]
-        if not output_head.known(head):
-            return (hidden,)
-        caught.extend((hidden, output_head.cross_entropy(hidden, targets, plain, head, label_smoothing)))
-        return (hidden[:1],)  # one position, so that the model's own code has something to go on with
+        hidden = arguments[0]  # (B, T, D)
+        if (
+            streams := hidden.dim() == 4
+        ):  # (B, G, T, D): ProphetNet's; the first predicts the next token, as in decoding
+            hidden = hidden[:, 0]
+        hidden = hidden.reshape(-1, hidden.shape[-1])[positions]
+        kept = hidden
+        if output_head.known(head):
+            caught.extend((hidden, output_head.cross_entropy(hidden, targets, plain, head, label_smoothing)))
+            kept = hidden[:1]  # one position, so that the model's own code has something to go on with
+        return (kept[:, None] if streams else kept,)  # (N, 1, D), of which that model takes stream 0
 
     with _narrowed(head, narrow):
         logits = model(**inputs, use_cache=False).logits  # (1, V), or (N, V) of a head that is not known

@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 from engine.data.collate import IGNORE_INDEX
 from engine.training.losses import aligned_labels, summed_cross_entropy, supervised_tokens
@@ -35,6 +36,22 @@ def test_label_smoothing_is_that_of_torch(family):
     labels = aligned_labels(batch)
     expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum", label_smoothing=0.1)
     assert torch.allclose(summed_cross_entropy(model, batch, label_smoothing=0.1), expected, rtol=1e-6)
+
+
+def test_of_several_streams_the_one_that_decoding_reads_is_trained():
+    """ProphetNet predicts further tokens in other streams; transformers trains them too unless it is told not to."""
+    sizes = {"hidden_size": 32, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "vocab_size": 400}
+    config = AutoConfig.for_model("prophetnet", **sizes, num_encoder_layers=1, num_decoder_layers=1, pad_token_id=0)
+    config.num_encoder_attention_heads = config.num_decoder_attention_heads = 4
+    config.disable_ngram_loss = True
+    model, batch = AutoModelForSeq2SeqLM.from_config(config).eval(), tiny.seq2seq_batch()
+    plain = model(**batch).loss * supervised_tokens(batch)
+    assert torch.allclose(summed_cross_entropy(model, batch), plain, rtol=1e-6)
+    named = dict(model.named_parameters())
+    ours = torch.autograd.grad(summed_cross_entropy(model, batch), list(named.values()))
+    theirs = torch.autograd.grad(plain, list(named.values()))
+    for name, mine, expected in zip(named, ours, theirs, strict=True):
+        assert torch.allclose(mine, expected, rtol=1e-4, atol=1e-5), name
 
 
 def test_head_is_left_as_found():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from generation_toys import one_thread  # noqa: F401
 
 from engine.errors import EngineError
 from engine.models import adapters, build, size
+from engine.recipe.load import load_recipe
 from engine.recipe.schema import Recipe
 from engine.training import memory, optim
 from engine.training.losses import summed_cross_entropy
@@ -169,6 +171,33 @@ def test_real_shapes_cost_nothing(tmp_path):
     assert estimate["parameters"] - estimate["trainable_parameters"] == 3_212_749_824
     assert estimate["trainable_parameters"] == 24_313_856  # rank 16 on the seven linears
     assert 2.0 < estimate["weights"] / 2**30 < 2.4
+
+
+_LLAMA = {"model_type": "llama", "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128_256}
+_QWEN3 = {"model_type": "qwen3", "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151_936}
+_KEYS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "tie_word_embeddings")
+_LLAMA_3B = _LLAMA | dict(zip(_KEYS, (3072, 8192, 28, 24, True), strict=True))
+PUBLISHED = {
+    "llama3b_lora": _LLAMA_3B,
+    "llama3b_qlora": _LLAMA_3B,
+    "qwen3_4b_qlora": _QWEN3 | dict(zip(_KEYS, (2560, 9728, 36, 32, True), strict=True)),
+    "llama3_8b_qlora": _LLAMA | dict(zip(_KEYS, (4096, 14336, 32, 32, False), strict=True)),
+}
+
+
+def test_readme_says_what_the_estimator_says(root, tmp_path, shared_data):
+    folders = {"quickstart": None, "kobart": shared_data / "tokenizers" / "kobart"}
+    for name, values in PUBLISHED.items():
+        folders[name] = tmp_path / name
+        folders[name].mkdir()
+        (folders[name] / "config.json").write_text(json.dumps(values), encoding="utf-8")
+    for name, folder in folders.items():
+        given = [f"model.name_or_path={folder}"] if folder else []
+        settings = load_recipe(root / "recipes" / f"{name}.yaml", given)
+        peak = memory.estimate(settings, precision="bf16", device=CPU)["peak"] / 2**30
+        for readme in ("README.md", "README.ko.md"):
+            row = re.search(rf"\| \[{name}\].*", (root / readme).read_text(encoding="utf-8")).group()
+            assert float(re.search(r"([\d.]+) GiB", row).group(1)) == round(peak, 1), (readme, row, peak)
 
 
 def test_measured_peak_is_this_process_own(root):

@@ -16,7 +16,6 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 from engine.data.encode import Feature
 from engine.errors import EngineError
-from engine.models import trial
 from engine.models.build import build_model
 from engine.recipe.schema import Recipe
 from engine.runtime.process import start
@@ -31,7 +30,13 @@ BART = {
     "decoder_layerdrop": 0.0, "forced_eos_token_id": None,
 }  # fmt: skip
 T5 = {"d_model": 32, "d_ff": 64, "d_kv": 8, "num_layers": 2, "num_heads": 4}
-SWITCH = {"num_experts": 4, "expert_capacity": 64, "num_sparse_encoder_layers": 1, "router_jitter_noise": 0.0}
+SWITCH = {
+    "num_decoder_layers": 2,
+    "num_experts": 4,
+    "expert_capacity": 64,
+    "num_sparse_encoder_layers": 1,
+    "router_jitter_noise": 0.0,
+}
 LED = {"max_encoder_position_embeddings": 128, "max_decoder_position_embeddings": 128, "attention_window": 16}
 PROPHETNET = {
     "hidden_size": 32, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "num_encoder_layers": 2, "num_decoder_layers": 2,
@@ -47,9 +52,10 @@ TOYS = {
     "longt5": T5,
     "switch_transformers": T5 | SWITCH,
     "prophetnet": PROPHETNET,
+    "fsmt": BART | {"langs": ["ko", "ko"]},
 }
 ALWAYS = ("pegasus", "led")
-UNTRAINED = ("bart", "switch_transformers", "prophetnet")  # of no interest here, or refused when a run begins
+UNTRAINED = ("bart", "switch_transformers", "fsmt")  # of no interest here, or refused when a run begins
 
 
 def families(*names):
@@ -59,7 +65,8 @@ def families(*names):
 
 def save(family, folder, **changes):
     tokenizer = tiny.tokenizer("bart")
-    config = AutoConfig.for_model(family, vocab_size=len(tokenizer), **IDS | TOYS[family] | changes)
+    sizes = dict.fromkeys(("vocab_size", "src_vocab_size", "tgt_vocab_size"), len(tokenizer))
+    config = AutoConfig.for_model(family, **sizes | IDS | TOYS[family] | changes)
     torch.manual_seed(0)
     AutoModelForSeq2SeqLM.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -71,6 +78,7 @@ def train(folder, *, ranks, accumulation=1, **changes):
     settings = {
         "model__dropout": 0.0,
         "training__max_steps": 3,
+        "training__adam_epsilon": 1e-4,  # far above rounding, which decides the sign of the smallest gradients
         "training__gradient_accumulation_steps": accumulation,
         "evaluation__strategy": "no",
         "experiment__output_dir": str(run_dir),
@@ -133,8 +141,7 @@ def test_tables_and_projections_without_a_gradient_are_frozen_and_named(tmp_path
     assert f"kept out of training, as no gradient reaches them: {', '.join(tables)}" in told
 
 
-def test_dropped_layers_and_experts_are_not_taken_for_unused(tmp_path, monkeypatch):
-    monkeypatch.setattr(trial, "try_out", lambda bundle: None)  # transformers' own decoding of Switch fails on this toy
+def test_dropped_layers_and_experts_are_not_taken_for_unused(tmp_path):
     assert kept_out("m2m_100", tmp_path / "layers", encoder_layerdrop=0.99, decoder_layerdrop=0.99) == ([], True)
     assert kept_out("switch_transformers", tmp_path / "experts", num_experts=16) == ([], True)
     frozen, _ = kept_out("led", tmp_path / "global")
@@ -153,7 +160,7 @@ def test_an_ordinary_model_trains_as_if_nobody_had_looked(tmp_path, monkeypatch)
 
 
 def test_a_model_that_cannot_take_our_batches_is_refused_in_one_line(tmp_path):
-    """ProphetNet predicts several tokens ahead, and its head's outputs are not ours."""
+    """FSMT has no head of its own: it names its decoder's embeddings as such."""
     with pytest.raises(EngineError) as caught:
-        kept_out("prophetnet", tmp_path)
-    assert caught.value.code == "E4.19" and "\n" not in str(caught.value) and "prophetnet" in str(caught.value)
+        kept_out("fsmt", tmp_path)
+    assert caught.value.code == "E4.19" and "\n" not in str(caught.value) and "fsmt" in str(caught.value)
