@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.recipe.dump import without_secrets
 from engine.runtime.atomic import append_text, fsync_file, remove_partials, write_text_atomically
+from engine.scoring.rouge import METRICS
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -144,11 +145,16 @@ class Tracker:
 
 
 def write_predictions(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
-    """`predictions/<split>-step<step>.csv`: id, dialogue, reference, prediction; newlines stay inside quoted cells."""
+    """`predictions/<split>-step<step>.csv`: id, dialogue, reference, prediction and, where scored, each row's ROUGE F1 x 100.
+
+    Newlines stay inside quoted cells.
+    """
     path.parent.mkdir(exist_ok=True)
     remove_partials(path.parent)
     table = io.StringIO()
-    writer = csv.DictWriter(table, fieldnames=["id", "dialogue", "reference", "prediction"], extrasaction="ignore")
+    scores = [key for key in METRICS if rows and key in rows[0]]
+    columns = ["id", "dialogue", "reference", "prediction", *scores]
+    writer = csv.DictWriter(table, fieldnames=columns, extrasaction="ignore")
     writer.writeheader()
     writer.writerows(rows)
     write_text_atomically(path, table.getvalue(), durable=False)
