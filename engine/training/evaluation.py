@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,6 +16,7 @@ from engine.prediction.summarizer import gather_summaries
 from engine.scoring import endings, rouge
 from engine.scoring.alike import alike
 from engine.training.losses import summed_cross_entropy, supervised_tokens
+from engine.training.tracking import rows_sha256
 
 if TYPE_CHECKING:
     from engine.data.encode import Feature, TextEncoder
@@ -191,9 +190,3 @@ def reference_rows(examples: Sequence[Example]) -> list[dict[str, str]]:
         {"id": example.id, "dialogue": example.dialogue, "reference": "\n".join(example.references)}
         for example in examples
     ]
-
-
-def rows_sha256(rows: Sequence[Mapping[str, str]]) -> str:
-    """Hash of the rows of a prediction file without their predictions."""
-    kept = [[row[key] for key in ("id", "dialogue", "reference")] for row in rows]
-    return hashlib.sha256(json.dumps(kept, ensure_ascii=False).encode("utf-8", "surrogatepass")).hexdigest()

@@ -113,6 +113,7 @@ def _record(job: Job, best: int, tested: Mapping[str, Any]) -> dict[str, Any]:
         "data": _data(job),
         "kind": _kind(job),
         "last_step": state.step,
+        "epochs": job.epoch,
         "skipped_updates": state.skipped,
         "stop_reason": state.stop_reason or "done",
         "train_seconds": state.train_seconds,
@@ -157,7 +158,7 @@ def _row(record: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
     model = {"model": record["model"]["name_or_path"] or record["model"]["model_type"]}
     batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * record["world_size"]
     settings = {
-        "epochs": metrics.get("epoch"),
+        "epochs": record["epochs"],
         "learning_rate": training.learning_rate,
         "batch": batch,
         "seed": training.seed,

@@ -7,6 +7,7 @@ twice: rows past the resumed step are cut from the file, and TensorBoard purges 
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import itertools
 import json
@@ -158,6 +159,12 @@ def write_predictions(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
     writer.writeheader()
     writer.writerows(rows)
     write_text_atomically(path, table.getvalue(), durable=False)
+
+
+def rows_sha256(rows: Sequence[Mapping[str, str]]) -> str:
+    """Hash of what a prediction file says of the data: ids, dialogues and references, not predictions."""
+    kept = [[row[key] for key in ("id", "dialogue", "reference")] for row in rows]
+    return hashlib.sha256(json.dumps(kept, ensure_ascii=False).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _cell(text: str) -> str:
