@@ -52,6 +52,14 @@ class Split:
         """Of ids, dialogues and references: scores compare where it is equal. The prediction file alone gives it too."""
         return rows_sha256(reference_rows(self.examples))
 
+    @property
+    def dialogues(self) -> list[str]:
+        return [example.dialogue for example in self.examples]
+
+    @property
+    def references(self) -> list[tuple[str, ...]]:
+        return [example.references for example in self.examples]
+
     def subset(self, count: int | None) -> Split:
         """A fixed, evenly spaced part of `count` rows; the whole split where count is None or no smaller."""
         if count is None or count >= len(self.examples):
@@ -144,7 +152,7 @@ def decode(bundle: ModelBundle, split: Split, runtime: Runtime, summarizer: Summ
         mine = summarizer.summarize(
             bundle.model,
             split.prompts,
-            [example.dialogue for example in split.examples],
+            split.dialogues,
             rank=runtime.rank,
             world_size=runtime.world_size,
             on_batch=lambda summaries: bar.update(len(summaries) * runtime.world_size),
@@ -155,7 +163,7 @@ def decode(bundle: ModelBundle, split: Split, runtime: Runtime, summarizer: Summ
 def score(split: Split, summaries: Sequence[Summary], rouge_tokenizer: str) -> Scores:
     """ROUGE where there are references, how alike the decoded texts are and how they ended; rows as they are written."""
     predictions = [summary.text for summary in summaries]
-    references = [example.references for example in split.examples]
+    references = split.references
     metrics: dict[str, Any] = {}
     rows = prediction_rows(split, summaries)
     if split.targets is not None:

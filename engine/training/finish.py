@@ -21,7 +21,8 @@ from engine.runtime.atomic import read_json, remove_partials, write_json_atomica
 from engine.runtime.faults import blaming
 from engine.runtime.lock import taking_turns
 from engine.runtime.run_status import STATUS
-from engine.training import evaluation, floors
+from engine.scoring import floors
+from engine.training import evaluation
 from engine.training.report import tell_results
 from engine.training.tracking import read_rows, strict_json, write_predictions
 
@@ -93,7 +94,8 @@ def _predict_test(job: Job, test: list[Example], checkpoint: Path, step: int) ->
             log.warning("test: %s", warning)
     tested: dict[str, Any] = {"metrics": result.metrics}
     if job.runtime.is_main and job.dev is not None and split.targets is not None:
-        tested["floors"] = floors.measure_again(job.floors, split, job.recipe.evaluation.rouge_tokenizer)
+        tokenizer = job.recipe.evaluation.rouge_tokenizer
+        tested["floors"] = floors.measure_again(job.floors, split.dialogues, split.references, tokenizer)
     return tested
 
 

@@ -20,7 +20,8 @@ from engine.models.bundle import save_model
 from engine.models.weights import weights_of
 from engine.runtime import signals
 from engine.runtime.peak_memory import measured_peak
-from engine.training import evaluation, floors, nonfinite, optim
+from engine.scoring import floors
+from engine.training import evaluation, nonfinite, optim
 from engine.training.progress import Progress, Schedule
 from engine.training.state import TrainerState, Update, Window
 from engine.training.tracking import Tracker, write_predictions
@@ -254,7 +255,9 @@ class Job:
     @cached_property
     def floors(self) -> dict[str, Any]:
         """What the dev scores are held against; seconds of work, so on the main rank only, and once."""
-        found = floors.measure(self.examples, self.dev, self.recipe.evaluation.rouge_tokenizer)
+        summaries = [text for example in self.examples for text in example.references]
+        tokenizer = self.recipe.evaluation.rouge_tokenizer
+        found = floors.measure(summaries, self.dev.dialogues, self.dev.references, tokenizer)
         constant = found["constant"]
         log.info("baselines on the %d dev rows: %s", len(self.dev.examples), floors.in_words(found))
         log.info("  that sentence, of %d from the training summaries: %s", constant["candidates"], constant["text"])

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from engine.runtime.console import duration, from_here
 from engine.runtime.run_log import RESULT
 from engine.scoring.alike import ALIKE_LIMIT
-from engine.training.floors import in_words, keys_of
+from engine.scoring.floors import in_words, keys_of
 
 if TYPE_CHECKING:
     from engine.recipe.schema import Recipe

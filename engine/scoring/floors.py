@@ -7,43 +7,42 @@ above both has not learnt to summarise, whatever its ROUGE looks like.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from engine.scoring import alike, rouge
 from engine.scoring.baselines import lead_baseline
 from engine.scoring.constant import best_constant
-
-if TYPE_CHECKING:
-    from engine.data.rows import Example
-    from engine.training.evaluation import Split
+from engine.scoring.rouge import References
 
 _MOST_TURNS = 3
 
 
-def measure(train: Sequence[Example], dev: Split, tokenizer: str) -> dict[str, Any]:
-    """The floors of a run: the best lead of 1 to 3 turns and the best constant, both picked on `dev`, with their ROUGE.
+def measure(
+    summaries: Sequence[str], dialogues: Sequence[str], references: References, tokenizer: str
+) -> dict[str, Any]:
+    """The floors of a run: the best lead of 1 to 3 turns and the best constant, both picked on these rows, with their ROUGE.
 
     Returns {"lead": {"turns", "rouge1", ...}, "constant": {"text", "candidates", "picked_on_rows", "rouge1", ...}}; the
-    bounds of the search are those of `best_constant`. Seconds, once a run.
+    bounds of the search among the training `summaries` are those of `best_constant`. Seconds, once a run.
     """
-    references = [example.references for example in dev.examples]
-    leads = [_lead(dev, turns, tokenizer) for turns in range(1, _MOST_TURNS + 1)]
-    best = best_constant([text for example in train for text in example.references], references, tokenizer)
+    leads = [_lead(dialogues, references, turns, tokenizer) for turns in range(1, _MOST_TURNS + 1)]
+    best = best_constant(summaries, references, tokenizer)
     constant = {"text": best.text, "candidates": best.candidates, "picked_on_rows": best.rows}
     constant |= rouge.rouge([best.text] * len(references), references, tokenizer)
     return {"lead": max(leads, key=lambda lead: lead["rouge_mean"]), "constant": constant}
 
 
-def measure_again(floors: Mapping[str, Any], split: Split, tokenizer: str) -> dict[str, Any]:
+def measure_again(
+    floors: Mapping[str, Any], dialogues: Sequence[str], references: References, tokenizer: str
+) -> dict[str, Any]:
     """The same lead and the same sentence on other rows."""
-    references, text = [example.references for example in split.examples], floors["constant"]["text"]
+    text = floors["constant"]["text"]
     constant = {"text": text} | rouge.rouge([text] * len(references), references, tokenizer)
-    return {"lead": _lead(split, floors["lead"]["turns"], tokenizer), "constant": constant}
+    return {"lead": _lead(dialogues, references, floors["lead"]["turns"], tokenizer), "constant": constant}
 
 
-def _lead(split: Split, turns: int, tokenizer: str) -> dict[str, Any]:
-    texts = [lead_baseline(example.dialogue, turns) for example in split.examples]
-    return {"turns": turns} | rouge.rouge(texts, [example.references for example in split.examples], tokenizer)
+def _lead(dialogues: Sequence[str], references: References, turns: int, tokenizer: str) -> dict[str, Any]:
+    return {"turns": turns} | rouge.rouge([lead_baseline(text, turns) for text in dialogues], references, tokenizer)
 
 
 def keys_of(floors: Mapping[str, Any]) -> dict[str, float]:

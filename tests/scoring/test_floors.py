@@ -8,33 +8,22 @@ import json
 import pytest
 import runs
 
-from engine.data.rows import Example
-from engine.scoring import rouge
+from engine.scoring import floors, rouge
 from engine.scoring.baselines import lead_baseline
-from engine.training import floors
-from engine.training.evaluation import Split
 from engine.training.report import result_lines
 
 
-def split_of(*pairs: tuple[str, str], name: str = "dev") -> Split:
-    examples = [Example(f"{name}_{i}", dialogue, (text,), None, i) for i, (dialogue, text) in enumerate(pairs)]
-    return Split(name, examples, [None] * len(pairs), [None] * len(pairs))
-
-
 def test_floors_are_the_scores_of_what_they_name():
-    dev = split_of(
-        ("#Person1#: 산에 가자\n#Person2#: 좋아 산에 가자", "산에 가자"), ("#Person1#: 밥\n#Person2#: 국", "밥 국")
-    )
-    train = split_of(("가", "산에 가자"), ("나", "물에 가자"), name="train").examples
-    found = floors.measure(train, dev, "whitespace")
-    dialogues, references = [row.dialogue for row in dev.examples], [row.references for row in dev.examples]
+    dialogues = ["#Person1#: 산에 가자\n#Person2#: 좋아 산에 가자", "#Person1#: 밥\n#Person2#: 국"]
+    references = ["산에 가자", "밥 국"]
+    found = floors.measure(["산에 가자", "물에 가자"], dialogues, references, "whitespace")
     by_turns = {
         turns: rouge.rouge([lead_baseline(text, turns) for text in dialogues], references, "whitespace")["rouge_mean"]
         for turns in (1, 2, 3)
     }
     assert found["lead"]["rouge_mean"] == max(by_turns.values()) == by_turns[found["lead"]["turns"]]
     assert found["constant"]["text"] == "산에 가자" and found["constant"]["rouge_mean"] == pytest.approx(50)
-    again = floors.measure_again(found, split_of(("#Person1#: 산", "물에 가자"), name="test"), "whitespace")
+    again = floors.measure_again(found, ["#Person1#: 산"], ["물에 가자"], "whitespace")
     assert again["constant"]["rouge1"] == pytest.approx(50) and again["lead"]["turns"] == found["lead"]["turns"]
 
 
