@@ -280,6 +280,11 @@ class Recipe(Section):
         """
         return self._origins.get(self._known(key), (0, "default"))[1]
 
+    @property
+    def is_debug(self) -> bool:
+        """Whether base/debug.yaml was laid over it, by --debug or as a base."""
+        return any(where.rpartition(":")[0].endswith("base/debug.yaml") for _, where in self._origins.values())
+
     def layer(self, key: str) -> int:
         """Rank of the layer that set `section.key`; 0 for defaults, larger numbers win."""
         return self._origins.get(self._known(key), (0, "default"))[0]

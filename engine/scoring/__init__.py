@@ -3,5 +3,8 @@
 rouge      Korean-aware ROUGE; its three tokenizers say where words are cut: at morphemes, characters or white space
 endings    how summaries end, their scripts and lengths
 baselines  what a score is held against: the first turns, and facts that must stand in a summary
+floors     both baselines of a run, measured on its rows
+constant   the one sentence that scores best for every row
+alike      how much of the predictions is one text
 intervals  bootstrap intervals, paired differences, and the gain of picking the best of many
 """

@@ -12,22 +12,27 @@ from engine.scoring.rouge import squeeze
 _SPEAKER = re.compile(r"^\s*(?:#[A-Za-z]+\d*#\s*[:：]?|[^\s:：\d]{1,20}\s?[:：](?=\s))\s*")
 
 
-def lead_baseline(dialogue: str, turns: int = 2) -> str:
-    """Text of the first turns without the speakers' names, joined by spaces: the summary that costs nothing.
+def turns_of(dialogue: str) -> list[tuple[str, str]]:
+    """Speaker and text of each turn.
 
     A turn is a line that starts with a speaker (`#Person1#:`) and the lines up to the next one; where no line starts
-    with a speaker, each line is a turn.
+    with a speaker, each line is a turn of the speaker "".
     """
     lines = [line.strip() for line in dialogue.splitlines() if line.strip()]
-    spoken = [_SPEAKER.match(line) is not None for line in lines]
-    texts: list[str] = []
-    for line, starts in zip(lines, spoken, strict=True):
+    found = [_SPEAKER.match(line) for line in lines]
+    turns: list[tuple[str, str]] = []
+    for line, match in zip(lines, found, strict=True):
         text = _SPEAKER.sub("", line, count=1)
-        if starts or not any(spoken) or not texts:
-            texts.append(text)
+        if match or not any(found) or not turns:
+            turns.append((match.group().strip(" \t:：") if match else "", text))
         else:
-            texts[-1] = f"{texts[-1]} {text}"
-    return " ".join(text for text in texts[:turns] if text)
+            turns[-1] = (turns[-1][0], f"{turns[-1][1]} {text}")
+    return turns
+
+
+def lead_baseline(dialogue: str, turns: int = 2) -> str:
+    """Text of the first turns without the speakers' names, joined by spaces: the summary that costs nothing."""
+    return " ".join(text for _, text in turns_of(dialogue)[:turns] if text)
 
 
 def fact_share(predictions: Sequence[str], facts: Sequence[Sequence[str]]) -> float:

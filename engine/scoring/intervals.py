@@ -15,12 +15,16 @@ class Interval(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """Mean of a - b over the same rows, its interval, and the share of resamples in which a is ahead."""
+    """Mean of a - b over the same rows, its interval, the share of resamples in which a is ahead, and the p-value.
+
+    `p` is two-sided: twice the smaller share of resamples on the other side of zero or on it, at most 1 and never 0.
+    """
 
     mean: float
     low: float
     high: float
     better_share: float
+    p: float
 
 
 def bootstrap_interval(
@@ -40,7 +44,9 @@ def paired_difference(
     differences = [x - y for x, y in zip(a, b, strict=True)]
     means = _bootstrap_means(differences, seed, resamples)
     better_share = float((means > 0).mean())
-    return Difference(float(sum(differences) / len(differences)), *_percentiles(means, level), better_share)
+    against = (min(int((means <= 0).sum()), int((means >= 0).sum())) + 1) / (resamples + 1)  # the data are one resample
+    mean = float(sum(differences) / len(differences))
+    return Difference(mean, *_percentiles(means, level), better_share, min(1.0, 2.0 * against))
 
 
 def selection_gain(

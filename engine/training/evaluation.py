@@ -15,7 +15,9 @@ from engine.generation.modelstate import evaluation_mode
 from engine.models import sharding
 from engine.prediction.summarizer import gather_summaries
 from engine.scoring import endings, rouge
+from engine.scoring.alike import alike
 from engine.training.losses import summed_cross_entropy, supervised_tokens
+from engine.training.tracking import rows_sha256
 
 if TYPE_CHECKING:
     from engine.data.encode import Feature, TextEncoder
@@ -45,6 +47,19 @@ class Split:
         scored = all(row.references for row in examples)
         targets = [encoder.training_feature(row, index) for index, row in enumerate(examples)] if scored else None
         return cls(name, examples, prompts, targets)
+
+    @property
+    def sha256(self) -> str:
+        """Of ids, dialogues and references: scores compare where it is equal. The prediction file alone gives it too."""
+        return rows_sha256(reference_rows(self.examples))
+
+    @property
+    def dialogues(self) -> list[str]:
+        return [example.dialogue for example in self.examples]
+
+    @property
+    def references(self) -> list[tuple[str, ...]]:
+        return [example.references for example in self.examples]
 
     def subset(self, count: int | None) -> Split:
         """A fixed, evenly spaced part of `count` rows; the whole split where count is None or no smaller."""
@@ -107,9 +122,9 @@ def evaluate(
             metrics["loss"] = evaluation_loss(bundle, split.targets, runtime, settings.per_device_eval_batch_size)
         if summarizer is not None:
             summaries = decode(bundle, split, runtime, summarizer)
-            scored = score(split, summaries, settings.rouge_tokenizer) if runtime.is_main else None
-            metrics |= runtime.ranks.broadcast(scored)
-            rows = prediction_rows(split, summaries)
+            scored = score(split, summaries, settings.rouge_tokenizer) if runtime.is_main else Scores({}, [])
+            metrics |= runtime.ranks.broadcast(scored.metrics)
+            rows = scored.rows
     metrics["seconds"] = time.perf_counter() - started
     metrics["samples_per_second"] = len(split.examples) / metrics["seconds"]
     return Scores(metrics, rows)
@@ -145,7 +160,7 @@ def decode(bundle: ModelBundle, split: Split, runtime: Runtime, summarizer: Summ
         mine = summarizer.summarize(
             bundle.model,
             split.prompts,
-            [example.dialogue for example in split.examples],
+            split.dialogues,
             rank=runtime.rank,
             world_size=runtime.world_size,
             on_batch=lambda summaries: bar.update(len(summaries) * runtime.world_size),
@@ -153,34 +168,41 @@ def decode(bundle: ModelBundle, split: Split, runtime: Runtime, summarizer: Summ
     return gather_summaries(mine, [prompt.index for prompt in split.prompts], runtime)
 
 
-def score(split: Split, summaries: Sequence[Summary], rouge_tokenizer: str) -> dict[str, Any]:
-    """ROUGE where there are references, and how the decoded texts ended."""
+def score(split: Split, summaries: Sequence[Summary], rouge_tokenizer: str) -> Scores:
+    """ROUGE where there are references, how alike the decoded texts are and how they ended; rows as they are written."""
     predictions = [summary.text for summary in summaries]
-    references = [example.references for example in split.examples]
+    references = split.references
     metrics: dict[str, Any] = {}
+    rows = prediction_rows(split, summaries)
     if split.targets is not None:
         try:
-            metrics |= rouge.rouge(predictions, references, tokenizer=rouge_tokenizer)
+            by_row = rouge.rouge_rows(predictions, references, tokenizer=rouge_tokenizer)
         except ValueError as error:
             where = f"{split.name} split, evaluation.rouge_tokenizer={rouge_tokenizer}"
             raise EngineError(
                 "E3.40", str(error), where, "choose another tokenizer", safe="checkpoints are untouched"
             ) from error
+        metrics |= rouge.mean_scores(by_row, rouge_tokenizer)
+        rows = [row | {key: scores[key] for key in rouge.METRICS} for row, scores in zip(rows, by_row, strict=True)]
     metrics |= endings.ending_metrics(
         predictions, [summary.ended for summary in summaries], references if split.targets is not None else None
     )
+    metrics["alike_share"] = alike(predictions).share
     metrics["generated_tokens"] = sum(summary.tokens for summary in summaries)
-    return metrics
+    return Scores(metrics, rows)
 
 
 def prediction_rows(split: Split, summaries: Sequence[Summary]) -> list[dict[str, Any]]:
-    """Rows of predictions/<split>-step<step>.csv; several references are joined by newlines."""
+    """Rows of predictions/<split>-step<step>.csv, but for their ROUGE; several references are joined by newlines."""
     return [
-        {
-            "id": example.id,
-            "dialogue": example.dialogue,
-            "reference": "\n".join(example.references),
-            "prediction": summary.text,
-        }
-        for example, summary in zip(split.examples, summaries, strict=True)
+        row | {"prediction": summary.text}
+        for row, summary in zip(reference_rows(split.examples), summaries, strict=True)
+    ]
+
+
+def reference_rows(examples: Sequence[Example]) -> list[dict[str, str]]:
+    """What a prediction file says of the data itself."""
+    return [
+        {"id": example.id, "dialogue": example.dialogue, "reference": "\n".join(example.references)}
+        for example in examples
     ]

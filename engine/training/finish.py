@@ -21,12 +21,14 @@ from engine.runtime.atomic import read_json, remove_partials, write_json_atomica
 from engine.runtime.faults import blaming
 from engine.runtime.lock import taking_turns
 from engine.runtime.run_status import STATUS
+from engine.scoring import floors
 from engine.training import evaluation
 from engine.training.report import tell_results
 from engine.training.tracking import read_rows, strict_json, write_predictions
 
 if TYPE_CHECKING:
     from engine.data.rows import Example
+    from engine.recipe.schema import Recipe
     from engine.runtime.process import Runtime
     from engine.training.job import Job
 
@@ -43,11 +45,11 @@ def write_results(job: Job, test: list[Example]) -> dict[str, Any]:
     with job.runtime.ranks.together("writing final_model"):
         if job.runtime.is_main:
             write_final_model(checkpoint, job)
-    test_metrics = _predict_test(job, test, checkpoint, best)
-    record = _record(job, best, test_metrics)
+    tested = _predict_test(job, test, checkpoint, best)
+    record = _record(job, best, tested)
     with job.runtime.ranks.together("writing results"):
         if job.runtime.is_main:
-            append_result(Path(job.recipe.experiment.output_root) / "results.csv", _row(record))
+            append_result(Path(job.recipe.experiment.output_root) / "results.csv", _row(record, job.recipe))
             write_text_atomically(
                 job.run_dir / "final_model" / "README.md", export.card(job.recipe, job.bundle, record)
             )
@@ -74,10 +76,13 @@ def write_final_model(checkpoint: Path, job: Job) -> None:
     os.replace(partial, final)
 
 
-def _predict_test(job: Job, test: list[Example], checkpoint: Path, step: int) -> dict[str, Any] | None:
-    """Predict the test split with the best weights; scores where it has summaries."""
+def _predict_test(job: Job, test: list[Example], checkpoint: Path, step: int) -> dict[str, Any]:
+    """Predict the test split with the best weights; its scores, and the floors under them, where it has summaries.
+
+    Returns {"metrics": ..., "floors": ...}, empty without rows or without decoding.
+    """
     if not test or job.summarizer is None:
-        return None
+        return {}
     weights.load_weights(job.bundle.model, checkpoint)
     split = evaluation.Split.of("test", test, job.bundle.text_encoder())
     job.progress.evaluating(step, split.name, len(test))
@@ -85,10 +90,16 @@ def _predict_test(job: Job, test: list[Example], checkpoint: Path, step: int) ->
     if job.runtime.is_main:
         write_predictions(job.run_dir / "predictions" / f"test-step{step}.csv", result.rows)
         log.info("step %d  %d test rows decoded in %.1f s", step, len(result.rows), result.metrics["seconds"])
-    return result.metrics
+        if warning := floors.alike_warning(result.rows):
+            log.warning("test: %s", warning)
+    tested: dict[str, Any] = {"metrics": result.metrics}
+    if job.runtime.is_main and job.dev is not None and split.targets is not None:
+        tokenizer = job.recipe.evaluation.rouge_tokenizer
+        tested["floors"] = floors.measure_again(job.floors, split.dialogues, split.references, tokenizer)
+    return tested
 
 
-def _record(job: Job, best: int, test_metrics: dict[str, Any] | None) -> dict[str, Any]:
+def _record(job: Job, best: int, tested: Mapping[str, Any]) -> dict[str, Any]:
     state = job.state
     rows = [row for row in read_rows(job.run_dir / "metrics.jsonl") if row["split"] == "dev" and row["step"] == best]
     total = state.train_seconds + state.evaluation_seconds
@@ -99,8 +110,12 @@ def _record(job: Job, best: int, test_metrics: dict[str, Any] | None) -> dict[st
         "best_metric": job.recipe.evaluation.metric,
         "best_value": state.best_value,
         "metrics": rows[-1] if rows else None,
-        "test_metrics": None if test_metrics is None else json.loads(strict_json(test_metrics)),
+        "test_metrics": json.loads(strict_json(tested["metrics"])) if tested else None,
+        "baselines": _baselines(job, tested),
+        "data": _data(job),
+        "kind": _kind(job),
         "last_step": state.step,
+        "epochs": job.epoch,
         "skipped_updates": state.skipped,
         "stop_reason": state.stop_reason or "done",
         "train_seconds": state.train_seconds,
@@ -113,13 +128,46 @@ def _record(job: Job, best: int, test_metrics: dict[str, Any] | None) -> dict[st
     }
 
 
-def _row(record: dict[str, Any]) -> dict[str, Any]:
-    """One line of results.csv."""
-    metrics = record["metrics"] or {}
+def _baselines(job: Job, tested: Mapping[str, Any]) -> dict[str, Any]:
+    """The floors of each split that was scored; none on other ranks than the main one."""
+    if not (job.runtime.is_main and job.dev is not None and job.summarizer is not None):
+        return {}
+    return {"dev": job.floors} | ({"test": tested["floors"]} if "floors" in tested else {})
+
+
+def _data(job: Job) -> dict[str, Any]:
+    """What was trained and scored on; scores of two runs compare where `dev_sha256` is equal."""
+    dev = job.dev
+    return {
+        "train_rows": len(job.examples),
+        "dev_rows": 0 if dev is None else len(dev.examples),
+        "dev_sha256": None if dev is None else dev.sha256,
+    }
+
+
+def _kind(job: Job) -> str:
+    """debug, stopped (before its recipe's end) or done."""
+    if job.recipe.is_debug:
+        return "debug"
+    return "stopped" if job.state.stop_reason else "done"
+
+
+def _row(record: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """One line of results.csv. Batch: rows of one update, over all devices."""
+    metrics, training = record["metrics"] or {}, recipe.training
     keys = ("run", "best_step", "best_metric", "best_value", "last_step", "train_seconds", "evaluation_seconds")
     scores = {key: metrics.get(key) for key in ("loss", "rouge1", "rouge2", "rougeL", "rouge_mean", "rouge_tokenizer")}
     model = {"model": record["model"]["name_or_path"] or record["model"]["model_type"]}
-    return {key: record[key] for key in keys} | scores | model | {"final_model_path": record["final_model_path"]}
+    batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * record["world_size"]
+    settings = {
+        "epochs": record["epochs"],
+        "learning_rate": training.learning_rate,
+        "batch": batch,
+        "seed": training.seed,
+        "kind": record["kind"],
+    }
+    place = {"final_model_path": record["final_model_path"]}
+    return {key: record[key] for key in keys} | scores | model | place | settings | record["data"]
 
 
 def append_result(path: Path, row: Mapping[str, Any]) -> None:

@@ -7,6 +7,7 @@ import logging
 import math
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from engine.models.bundle import save_model
 from engine.models.weights import weights_of
 from engine.runtime import signals
 from engine.runtime.peak_memory import measured_peak
+from engine.scoring import floors
 from engine.training import evaluation, nonfinite, optim
 from engine.training.progress import Progress, Schedule
 from engine.training.state import TrainerState, Update, Window
@@ -231,8 +233,9 @@ class Job:
 
     def _log_evaluation(self, result: evaluation.Scores) -> None:
         row = {"split": self.dev.name, "step": self.state.step, "epoch": self.epoch} | result.metrics
-        self.tracker.log_row(row)
-        if not (self.runtime.is_main and result.rows):
+        scored = self.runtime.is_main and result.rows
+        self.tracker.log_row(row | floors.keys_of(self.floors) if scored else row)
+        if not scored:
             log.info("step %d  dev loss %.4f", self.state.step, row["loss"])
             return
         count = self.recipe.evaluation.num_samples
@@ -248,6 +251,19 @@ class Job:
         for sample in samples[:1]:
             log.info("  reference:  %s", sample["reference"])
             log.info("  prediction: %s", sample["prediction"])
+        if warning := floors.alike_warning(result.rows):
+            log.warning("step %d: %s", self.state.step, warning)
+
+    @cached_property
+    def floors(self) -> dict[str, Any]:
+        """What the dev scores are held against; seconds of work, so on the main rank only, and once."""
+        summaries = [text for example in self.examples for text in example.references]
+        tokenizer = self.recipe.evaluation.rouge_tokenizer
+        found = floors.measure(summaries, self.dev.dialogues, self.dev.references, tokenizer)
+        constant = found["constant"]
+        log.info("baselines on the %d dev rows: %s", len(self.dev.examples), floors.in_words(found))
+        log.info("  that sentence, of %d from the training summaries: %s", constant["candidates"], constant["text"])
+        return found
 
     # Saving
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from engine.runtime.console import duration, from_here
 from engine.runtime.run_log import RESULT
+from engine.scoring.alike import ALIKE_LIMIT
+from engine.scoring.floors import in_words, keys_of
 
 if TYPE_CHECKING:
     from engine.recipe.schema import Recipe
@@ -34,6 +36,7 @@ def result_lines(record: Mapping[str, Any], run_dir: Path) -> list[str]:
     lines = [f"done: {record['last_step']} updates in {took}, {duration(evaluating)} of it evaluations{why}"]
     if value is not None:
         lines.append(f"best: step {step}, {record['best_metric']} {value:.4g}{_scores(record['metrics'])}")
+        lines += _floors(record)
     if record["test_metrics"] and "rouge1" in record["test_metrics"]:
         lines.append(f"test: step {step}{_scores(record['test_metrics'])}")
     files = [run_dir / "predictions" / f"{split}-step{step}.csv" for split in ("test", "dev")]
@@ -47,6 +50,18 @@ def _scores(metrics: Mapping[str, Any] | None) -> str:
         return ""
     scores = " / ".join(f"{metrics[key]:.2f}" for key in ("rouge1", "rouge2", "rougeL"))
     return f", ROUGE-1/2/L {scores} ({metrics['rouge_tokenizer']})"
+
+
+def _floors(record: Mapping[str, Any]) -> list[str]:
+    """What the best score is held against, and whether it is any better."""
+    floors, metrics = record["baselines"].get("dev"), record["metrics"] or {}
+    if not floors or "rouge_mean" not in metrics:
+        return []
+    above = metrics["rouge_mean"] > max(keys_of(floors).values())
+    verdict = "" if above else f"; the model's {metrics['rouge_mean']:.2f} is not above both"
+    alike = metrics.get("alike_share", 0.0)
+    same = [f"warning: {alike:.0%} of its dev predictions are nearly the same text"] if alike >= ALIKE_LIMIT else []
+    return [f"baselines: {in_words(floors)}{verdict}", *same]
 
 
 def predict_command(run_dir: Path, recipe: Recipe) -> list[str]:

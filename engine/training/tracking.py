@@ -7,6 +7,7 @@ twice: rows past the resumed step are cut from the file, and TensorBoard purges 
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import itertools
 import json
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.recipe.dump import without_secrets
 from engine.runtime.atomic import append_text, fsync_file, remove_partials, write_text_atomically
+from engine.scoring.rouge import METRICS
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -146,14 +148,25 @@ class Tracker:
 
 
 def write_predictions(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
-    """`predictions/<split>-step<step>.csv`: id, dialogue, reference, prediction; newlines stay inside quoted cells."""
+    """`predictions/<split>-step<step>.csv`: id, dialogue, reference, prediction and, where scored, each row's ROUGE F1 x 100.
+
+    Newlines stay inside quoted cells.
+    """
     path.parent.mkdir(exist_ok=True)
     remove_partials(path.parent)
     table = io.StringIO()
-    writer = csv.DictWriter(table, fieldnames=["id", "dialogue", "reference", "prediction"], extrasaction="ignore")
+    scores = [key for key in METRICS if rows and key in rows[0]]
+    columns = ["id", "dialogue", "reference", "prediction", *scores]
+    writer = csv.DictWriter(table, fieldnames=columns, extrasaction="ignore")
     writer.writeheader()
     writer.writerows(rows)
     write_text_atomically(path, table.getvalue(), durable=False)
+
+
+def rows_sha256(rows: Sequence[Mapping[str, str]]) -> str:
+    """Hash of what a prediction file says of the data: ids, dialogues and references, not predictions."""
+    kept = [[row[key] for key in ("id", "dialogue", "reference")] for row in rows]
+    return hashlib.sha256(json.dumps(kept, ensure_ascii=False).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _cell(text: str) -> str:

@@ -16,6 +16,12 @@ def test_lead_baseline():
     assert baselines.lead_baseline("") == ""
 
 
+def test_turns_and_their_speakers():
+    dialogue = "#Person1#: 안녕\n하세요\n\n민수 : 네.\n#Person1#:끝"
+    assert baselines.turns_of(dialogue) == [("#Person1#", "안녕 하세요"), ("민수", "네."), ("#Person1#", "끝")]
+    assert baselines.turns_of("하나\n둘") == [("", "하나"), ("", "둘")] and baselines.turns_of("") == []
+
+
 def test_fact_share():
     predictions = ["회의는 오후 12시에 열립니다.", "커피 두잔을 주문합니다."]
     assert baselines.fact_share(predictions, [["오후 12시", "회의실"], ["커피", "두 잔"]]) == 0.75

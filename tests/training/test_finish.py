@@ -6,8 +6,12 @@ import csv
 import multiprocessing
 
 import pytest
+import runs
 
+from engine import load_recipe
+from engine.train import run
 from engine.training.finish import append_result
+from engine.training.tracking import rows_sha256
 
 
 def row_of(folder: str, value: float = 1.0) -> dict:
@@ -71,6 +75,36 @@ def test_a_table_that_cannot_be_read_is_left_alone(tmp_path, content, caplog):
         assert "results.json" in caplog.text
     else:
         assert rows_of(path)[-1]["run"] == "run" and content.splitlines()[-1] in path.read_bytes()
+
+
+def test_an_older_table_gains_the_new_columns_and_keeps_its_rows(tmp_path):
+    """As 0.1.0 wrote it: without rows, seed or kind."""
+    path = tmp_path / "results.csv"
+    path.write_text("run,best_step,best_value,final_model_path\nold,4,22.46,/old/final_model\n", encoding="utf-8")
+    append_result(path, row_of("/a") | {"dev_rows": 10, "kind": "debug"})
+    old, new = rows_of(path)
+    assert list(old) == ["run", "best_step", "best_value", "final_model_path", "dev_rows", "kind"]
+    assert (old["best_value"], old["dev_rows"], new["dev_rows"], new["kind"]) == ("22.46", "", "10", "debug")
+
+
+def test_the_table_says_what_may_be_compared(tmp_path):
+    """A debug run on 10 rows and the real one are told apart by kind, rows and the hash of the dev rows."""
+    recipe = runs.write_recipe(tmp_path, rows=60)
+    real = runs.train(recipe, "training.num_train_epochs=2", "training.gradient_accumulation_steps=2")
+    small = run(
+        load_recipe(
+            recipe, [f"experiment.output_dir={tmp_path / 'small'}", "data.max_validation_samples=4"], debug=True
+        )
+    )
+    first, second = rows_of(tmp_path / "experiments" / "results.csv")
+    assert (first["kind"], first["train_rows"], first["dev_rows"], first["batch"]) == ("done", "60", "6", "8")
+    assert (second["kind"], second["train_rows"], second["dev_rows"], second["batch"]) == ("debug", "50", "4", "2")
+    assert first["seed"] == "42" and float(first["learning_rate"]) == 1e-3 and float(first["epochs"]) == 2.0
+    assert first["dev_sha256"] == real["data"]["dev_sha256"] != second["dev_sha256"] == small["data"]["dev_sha256"]
+    with (tmp_path / "run" / "predictions" / f"dev-step{real['best_step']}.csv").open(
+        encoding="utf-8", newline=""
+    ) as file:
+        assert rows_sha256(list(csv.DictReader(file))) == first["dev_sha256"]
 
 
 def test_best_weights_are_the_final_model(trained):
