@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from engine.recipe import yaml_subset
+from engine.reporting.tracking import write_predictions
 from engine.scoring import rouge
-from engine.training.tracking import write_predictions
 
 QUICKSTART = Path(__file__).resolve().parent.parent / "recipes" / "quickstart" / "dev.csv"
 

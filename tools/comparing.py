@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 from engine.data.files import read_table
 from engine.errors import EngineError
 from engine.recipe import yaml_subset
+from engine.reporting.tracking import read_rows, rows_sha256
 from engine.runtime.atomic import read_json
 from engine.scoring import intervals, rouge
 from engine.scoring.baselines import turns_of
 from engine.scoring.intervals import Difference, Interval
-from engine.training.tracking import read_rows, rows_sha256
 
 METRICS = (*rouge.METRICS, "rouge_mean")
 CURVES = {

@@ -53,10 +53,10 @@ def screen_one(recipe: Recipe, folder: Path, name: str) -> dict[str, Any]:
     from engine.data.rows import read_examples
     from engine.models import build, weights
     from engine.prediction.summarizer import Summarizer
+    from engine.reporting.tracking import write_predictions
     from engine.runtime.peak_memory import measured_peak
     from engine.runtime.process import start
     from engine.training.evaluation import Split, evaluate
-    from engine.training.tracking import write_predictions
 
     data = recipe.data
     with start(recipe) as runtime:

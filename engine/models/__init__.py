@@ -10,7 +10,8 @@ trial          a short dialogue through a model that was just loaded
 tokenization   tokenizers and their added tokens
 weights        weights in and out of models, embeddings resized
 adapters       LoRA and QLoRA by peft, rows of added tokens
-memory         how much memory a run needs, before it starts
+sharding       a model spread over all ranks, and whole again
+size           whether a configuration's weights fit this machine, before any is made
 
 What is known of each family stands in `engine/families.py`.
 """

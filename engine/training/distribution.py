@@ -42,6 +42,11 @@ def sharded(recipe: Recipe, runtime: Runtime) -> bool:
     return tight
 
 
+def building_place(runtime: Runtime, *, sharded: bool) -> torch.device:
+    """Where a model is built. One to be sharded is laid out in host memory: no GPU ever holds it whole."""
+    return torch.device("cpu") if sharded else runtime.device
+
+
 def shard(bundle: ModelBundle, recipe: Recipe, runtime: Runtime) -> None:
     """Spread the bundle's model over the ranks, in place.
 

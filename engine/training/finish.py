@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Any
 from engine.errors import EngineError
 from engine.models import weights
 from engine.prediction import export
+from engine.reporting.report import tell_results
+from engine.reporting.tracking import read_rows, strict_json, write_predictions
 from engine.runtime.atomic import read_json, remove_partials, write_json_atomically, write_text_atomically
 from engine.runtime.faults import blaming
 from engine.runtime.lock import taking_turns
 from engine.runtime.run_status import STATUS
 from engine.scoring import floors
 from engine.training import evaluation
-from engine.training.report import tell_results
-from engine.training.tracking import read_rows, strict_json, write_predictions
 
 if TYPE_CHECKING:
     from engine.data.rows import Example

@@ -19,13 +19,13 @@ from engine.data.collate import IGNORE_INDEX
 from engine.models import sharding
 from engine.models.bundle import save_model
 from engine.models.weights import weights_of
+from engine.reporting.tracking import Tracker, write_predictions
 from engine.runtime import signals
 from engine.runtime.peak_memory import measured_peak
 from engine.scoring import floors
 from engine.training import evaluation, nonfinite, optim
 from engine.training.progress import Progress, Schedule
 from engine.training.state import TrainerState, Update, Window
-from engine.training.tracking import Tracker, write_predictions
 
 if TYPE_CHECKING:
     from engine.checkpoints.store import CheckpointStore

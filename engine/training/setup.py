@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from engine.checkpoints.identity import identity_of
 from engine.checkpoints.store import CheckpointStore, refusing
 from engine.data import encode, rows
@@ -18,6 +16,7 @@ from engine.data.windows import WindowSampler
 from engine.models import adapters, build, tokenization, weights
 from engine.prediction.summarizer import Summarizer
 from engine.recipe.dump import dump
+from engine.reporting.tracking import Tracker
 from engine.runtime.atomic import write_text_atomically
 from engine.training import distribution, memory, optim, unused
 from engine.training.batch_size import with_fitting_batch
@@ -25,7 +24,6 @@ from engine.training.blueprint import blueprint
 from engine.training.evaluation import Split, try_scoring
 from engine.training.job import Job, Learner, TrainingRows
 from engine.training.state import TrainerState
-from engine.training.tracking import Tracker
 
 if TYPE_CHECKING:
     from torch import nn
@@ -80,8 +78,7 @@ def prepare(
     # All ranks still draw the same numbers here, so that new weights (of a head, a token, an adapter) are equal everywhere.
     sharded = distribution.sharded(recipe, runtime)
     with runtime.ranks.together("building the model"):
-        # To be sharded, it is laid out in host memory: no device ever holds it whole.
-        device = torch.device("cpu") if sharded else runtime.device
+        device = distribution.building_place(runtime, sharded=sharded)
         bundle = build.build_model(recipe, device=device, precision=runtime.precision)
     encoder = bundle.text_encoder()
     with runtime.ranks.together("tokenising"):

@@ -8,9 +8,9 @@ import json
 import pytest
 import runs
 
+from engine.reporting.report import result_lines
 from engine.scoring import floors, rouge
 from engine.scoring.baselines import lead_baseline
-from engine.training.report import result_lines
 
 
 def test_floors_are_the_scores_of_what_they_name():

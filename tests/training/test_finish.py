@@ -9,9 +9,9 @@ import pytest
 import runs
 
 from engine import load_recipe
+from engine.reporting.tracking import rows_sha256
 from engine.train import run
 from engine.training.finish import append_result
-from engine.training.tracking import rows_sha256
 
 
 def row_of(folder: str, value: float = 1.0) -> dict:

@@ -15,8 +15,8 @@ import pytest
 import runs
 
 from engine.recipe.schema import Recipe
+from engine.reporting.tracking import Tracker, read_rows, strict_json, write_predictions
 from engine.runtime.exits import main_guard
-from engine.training.tracking import Tracker, read_rows, strict_json, write_predictions
 
 
 def test_tensorboard_holds_the_rows(trained):

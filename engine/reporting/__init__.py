@@ -1,0 +1,4 @@
+"""What a run writes down for people and trackers while it goes on and when it has ended.
+
+Rooms: `tracking` (metrics.jsonl, TensorBoard and W&B, prediction files) and `report` (the lines at the end).
+"""
