@@ -96,7 +96,9 @@ def train(folder, *, ranks, accumulation=1, **changes):
 @pytest.mark.parametrize("family", families(*(name for name in TOYS if name not in UNTRAINED)))
 def test_two_ranks_train_what_one_does(family, tmp_path):
     save(family, tmp_path / "model")
-    folders = train(tmp_path, ranks=1, accumulation=2), train(tmp_path, ranks=2)
+    # What transformers computes for a row of ProphetNet depends a little (1e-6) on how far its target is padded: none is.
+    changes = {"data__max_target_length": 8} if family == "prophetnet" else {}
+    folders = train(tmp_path, ranks=1, accumulation=2, **changes), train(tmp_path, ranks=2, **changes)
     losses = [[row["loss"] for row in runs.rows_of(run_dir)] for run_dir in folders]
     assert len(losses[0]) == 3
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
