@@ -221,8 +221,9 @@ class DataFile:
             self.columns = list(schema.names)
             wanted = [name for name in self.columns if name in self.wanted]
             texts = [name for name in wanted if pyarrow.types.is_string(schema.field(name).type)]
-            # As a dictionary, a text that stands in a million rows is in memory once.
-            with pyarrow.parquet.ParquetFile(self.path, read_dictionary=texts, buffer_size=_BLOCK) as file:
+            # As a dictionary, a text that stands in a million rows is in memory once; one of texts that differ grows with them.
+            dictionary = texts if self.whole else None
+            with pyarrow.parquet.ParquetFile(self.path, read_dictionary=dictionary, buffer_size=_BLOCK) as file:
                 rows = self._parquet_rows(file, wanted) if wanted else ()
                 yield from (Record(row, None, values) for row, values in enumerate(rows, start=1))
         except (pyarrow.ArrowException, OSError, ValueError) as error:
@@ -239,7 +240,7 @@ class DataFile:
         if self.whole and sum(sizes) > MAX_BYTES:
             raise _too_large(self.path, f"{MAX_BYTES >> 20} MiB")
         weight = 0
-        for batch in file.iter_batches(batch_size=1024, columns=wanted):
+        for batch in file.iter_batches(batch_size=1024 if self.whole else 128, columns=wanted):
             weight = sum(_weight(column) for column in batch.columns) + (weight if self.whole else 0)
             if weight > MAX_BYTES:
                 raise _too_large(self.path, f"{MAX_BYTES >> 20} MiB of text")
