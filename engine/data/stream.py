@@ -124,14 +124,17 @@ class _RowsOfIds:
 
     def __init__(self) -> None:
         self._base = sqlite3.connect("")  # a temporary file, which goes with the connection
-        self._base.execute("PRAGMA journal_mode = OFF")
-        self._base.execute("CREATE TABLE ids (id TEXT PRIMARY KEY, row INTEGER) WITHOUT ROWID")
+        self._execute("PRAGMA journal_mode = OFF")
+        self._execute("CREATE TABLE ids (id TEXT PRIMARY KEY, row INTEGER) WITHOUT ROWID")
 
     def setdefault(self, name: str, row: int) -> int:
+        if self._execute("INSERT OR IGNORE INTO ids VALUES (?, ?)", name, row).rowcount:
+            return row
+        return self._execute("SELECT row FROM ids WHERE id = ?", name).fetchone()[0]
+
+    def _execute(self, statement: str, *values: str | int) -> sqlite3.Cursor:
         try:
-            if self._base.execute("INSERT OR IGNORE INTO ids VALUES (?, ?)", (name, row)).rowcount:
-                return row
-            return self._base.execute("SELECT row FROM ids WHERE id = ?", (name,)).fetchone()[0]
+            return self._base.execute(statement, values)
         except sqlite3.Error as error:
             place = Path(os.environ.get("SQLITE_TMPDIR") or os.environ.get("TMPDIR") or "/tmp")
             advice = "free some space, or set SQLITE_TMPDIR to another folder"
