@@ -22,7 +22,7 @@ ROWS = [
     }
     for i in range(23)
 ]
-CHEAP = ["generation.num_beams=1", "generation.max_new_tokens=3", "evaluation.per_device_eval_batch_size=2"]
+CHEAP = ["generation.max_new_tokens=3", "evaluation.per_device_eval_batch_size=2"]
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def test_more_shards_than_windows_and_a_sample_submission(place):
 
 
 def test_n_best_lists_as_json_lines(place):
-    more = ["generation.num_beams=2", "generation.num_return_sequences=2"]
+    more = ["generation.num_return_sequences=2"]
     plain, merged = place.folder / "plain.jsonl", place.folder / "out.jsonl"
     place.run(*more, output=plain)
     for options in (["--shard", "1/2"], ["--shard", "2/2"], ["--merge-shards", "2"]):
@@ -167,7 +167,7 @@ def test_what_does_not_belong_together_is_not_merged(place):
             path.unlink()
         place.run("--shard", f"{number}/4", *options)
 
-    anew(2, "generation.max_new_tokens=2")
+    anew(2, "generation.num_beams=1")
     line = Shard(4, 4).kept(place.output)
     line.write_bytes(line.read_bytes()[:-9])
     Shard(3, 4).record(place.output).unlink()

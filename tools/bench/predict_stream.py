@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """What a long prediction costs in memory: many dialogues in shards, one of them killed and continued, against a few.
 
-    python tools/bench/predict_stream.py [--rows N] [--few N] [--shards N] [--folder DIR] [--output FILE]
+    python tools/bench/predict_stream.py [--rows N] [--few N] [--shards N] [--folder DIR] [--step STEP] [--output FILE]
 
 A random Bart of two small layers predicts `--few` dialogues in one run, and `--rows` of them in `--shards` runs of
 `engine/predict.py --shard`, one after the other; the second one is killed (SIGKILL) about half-way and started again. The
 shards are merged, and the merged file is held against the input by a reader of its own: every id once, in order. Peak memory
-is the resident memory of each process as the kernel counts it.
+is the resident memory of each process as the kernel counts it. With `--step` each part runs by itself in the same `--folder`:
+`few` first, then `1`, `2` and so on, the shards, at once if there are processors, and `merge` last.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ TURNS = (
     "네.",
 )
 SETTINGS = (
-    "prompt.style=plain data.max_source_length=48 generation.num_beams=1 generation.max_new_tokens=3 "
-    "evaluation.per_device_eval_batch_size=128 runtime.device=cpu runtime.num_threads=1"
+    "prompt.style=plain data.max_source_length=48 generation.num_beams=1 generation.max_new_tokens=2 "
+    "evaluation.per_device_eval_batch_size=256 runtime.device=cpu runtime.num_threads=1"
 ).split()
 # The toy is made in a process of its own: what is in memory here would count as the children's peak until they start.
 MAKE_TOY = """
@@ -73,14 +74,14 @@ def write_rows(path: Path, count: int) -> Path:
 class Prediction:
     """One process of `engine/predict.py`, measured."""
 
-    def __init__(self, folder: Path, source: Path, output: Path, *options: str) -> None:
-        command = [sys.executable, str(ROOT / "engine" / "predict.py"), str(folder / "model"), "--input", str(source)]
-        self.log = folder / "predict.log"
+    def __init__(self, folder: Path, name: str, *options: str) -> None:
+        """Predict the file `name`.jsonl of the folder into its `name`.csv."""
+        command = [sys.executable, str(ROOT / "engine" / "predict.py"), str(folder / "model")]
+        command += ["--input", str(folder / f"{name}.jsonl"), "--output", str(folder / f"{name}.csv")]
+        self.log = folder / f"{name}{'-'.join(options).replace('/', '-of-')}.log"
         self._began = time.perf_counter()
         with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                [*command, "--output", str(output), *options, *SETTINGS], stdout=log, stderr=log, cwd=ROOT
-            )
+            self.process = subprocess.Popen([*command, *options, *SETTINGS], stdout=log, stderr=log, cwd=ROOT)
 
     def ended(self) -> dict[str, Any]:
         """Seconds and peak once the process is gone, however it went."""
@@ -107,44 +108,56 @@ def killed_half_way(prediction: Prediction, kept: Path, lines: int) -> dict[str,
     return measured
 
 
-def measure(rows: int, few: int, shards: int, folder: Path) -> dict[str, Any]:
-    from engine.prediction.shards import WINDOW, Shard
+class Bench:
+    """The steps; each leaves its figures in the folder."""
 
-    folder.mkdir(parents=True, exist_ok=True)
-    command = [
-        sys.executable,
-        "-c",
-        MAKE_TOY,
-        str(folder / "model"),
-        *TURNS,
-        "#Person1#: 0123456789번입니다. #Person2#:",
-    ]
-    subprocess.run(command, check=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    record: dict[str, Any] = {"rows": rows, "window": WINDOW, "few_rows": few}
-    small = write_rows(folder / "few.jsonl", few)
-    record["few"] = Prediction(folder, small, folder / "few.csv").finished()
-    source, output = write_rows(folder / "rows.jsonl", rows), folder / "rows.csv"
-    record["input_mib"] = round(source.stat().st_size / 2**20, 1)
-    record["shards"] = []
-    for number in range(1, shards + 1):
-        shard = Shard(number, shards)
-        start = Prediction(folder, source, output, "--shard", f"{number}/{shards}")
-        measured = {"rows": len(shard.rows(rows))}
+    def __init__(self, rows: int, few: int, shards: int, folder: Path) -> None:
+        self.rows, self.few, self.shards, self.folder = rows, few, shards, folder
+        self.steps = ["few", *map(str, range(1, shards + 1)), "merge"]
+
+    def run(self, step: str) -> None:
+        measured = self.measure_few() if step == "few" else self.merge() if step == "merge" else self.shard(int(step))
+        print(f"{step}: {measured}", file=sys.stderr)
+        (self.folder / f"measured-{step}.json").write_text(json.dumps(measured))
+
+    def measure_few(self) -> dict[str, Any]:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        texts = [*TURNS, "#Person1#: 0123456789번입니다. #Person2#:"]
+        command = [sys.executable, "-c", MAKE_TOY, str(self.folder / "model"), *texts]
+        subprocess.run(command, check=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        write_rows(self.folder / "few.jsonl", self.few)
+        write_rows(self.folder / "rows.jsonl", self.rows)
+        return {"rows": self.few} | Prediction(self.folder, "few").finished()
+
+    def shard(self, number: int) -> dict[str, Any]:
+        from engine.prediction.shards import WINDOW, Shard
+
+        shard, options = Shard(number, self.shards), ("--shard", f"{number}/{self.shards}")
+        rows = len(shard.rows(self.rows))
+        measured: dict[str, Any] = {"rows": rows}
+        prediction = Prediction(self.folder, "rows", *options)
         if number == 2:
-            measured["killed"] = killed_half_way(start, shard.kept(output), len(shard.rows(rows)) // WINDOW // 2)
-            start = Prediction(folder, source, output, "--shard", f"{number}/{shards}")
-        measured |= start.finished()
+            kept = shard.kept(self.folder / "rows.csv")
+            measured["killed"] = killed_half_way(prediction, kept, rows // WINDOW // 2)
+            prediction = Prediction(self.folder, "rows", *options)
+        measured |= prediction.finished()
         if number == 2:
-            said = re.search(r"(\d+) of \d+ rows were decoded before", start.log.read_text(encoding="utf-8"))
+            said = re.search(r"(\d+) of \d+ rows were decoded before", prediction.log.read_text(encoding="utf-8"))
             measured["rows_decoded_before_the_kill"] = int(said[1])
-        record["shards"].append(measured)
-        print(f"shard {number}: {measured}", file=sys.stderr)
-    record["merge"] = Prediction(folder, source, output, "--merge-shards", str(shards)).finished()
-    record["merged_rows"] = rows_in_order(source, output)
-    record["left_behind"] = sorted(path.name for path in folder.glob("*shard*"))
-    peaks = [shard["peak_mib"] for shard in record["shards"]] + [record["merge"]["peak_mib"]]
-    record["peak_over_few"] = round(max(peaks) / record["few"]["peak_mib"], 3)
-    return record
+        return measured
+
+    def merge(self) -> dict[str, Any]:
+        measured = Prediction(self.folder, "rows", "--merge-shards", str(self.shards)).finished()
+        rows = rows_in_order(self.folder / "rows.jsonl", self.folder / "rows.csv")
+        left = sorted(path.name for path in self.folder.glob("rows.csv*") if path.name != "rows.csv")
+        return {"rows": rows} | measured | {"left_behind": left}
+
+    def record(self) -> dict[str, Any]:
+        few, *parts, merge = (json.loads((self.folder / f"measured-{step}.json").read_text()) for step in self.steps)
+        peaks = [part["peak_mib"] for part in (*parts, merge)]
+        size = (self.folder / "rows.jsonl").stat().st_size / 2**20
+        whole = {"rows": self.rows, "input_mib": round(size, 1), "few": few, "shards": parts, "merge": merge}
+        return whole | {"peak_over_few": round(max(peaks) / few["peak_mib"], 3)}
 
 
 def rows_in_order(source: Path, output: Path) -> int:
@@ -164,11 +177,16 @@ def main() -> int:
     parser.add_argument("--few", type=int, default=2_000)
     parser.add_argument("--shards", type=int, default=4)
     parser.add_argument("--folder", type=Path, help="default: a temporary one")
+    parser.add_argument("--step", help="only this one; needs --folder")
     parser.add_argument("--output", type=Path, help="default: print only")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        record = measure(args.rows, args.few, args.shards, args.folder or Path(temporary))
-    text = json.dumps(record, indent=2) + "\n"
+        bench = Bench(args.rows, args.few, args.shards, args.folder or Path(temporary))
+        for step in [args.step] if args.step else bench.steps:
+            bench.run(step)
+        if args.step not in (None, "merge"):
+            return 0
+        text = json.dumps(bench.record(), indent=2) + "\n"
     if args.output:
         args.output.write_text(text, encoding="utf-8")
     print(text, end="")
