@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 
 import pytest
+import runs
 import tiny
 from row_files import as_csv, as_jsonl, as_parquet
 
@@ -206,3 +208,47 @@ def test_two_processes_do_not_decode_the_same_shard(place):
         place.run("--shard", "2/2")
     finally:
         lock.release()
+
+
+SMALL_WINDOWS = """
+import os, signal, sys
+from engine import predict
+from engine.prediction import shards, summarizer
+shards.WINDOW = 3
+plain, left = summarizer.Summarizer._decode, [int(os.environ.get("BATCHES_TO_LIVE", "1000"))]
+
+def counted(self, model, rows, mask):
+    if not left[0]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    left[0] -= 1
+    print("decoded", *(row.index for row in rows), flush=True)
+    return plain(self, model, rows, mask)
+
+summarizer.Summarizer._decode = counted
+sys.exit(predict.main())
+"""
+
+
+@pytest.mark.slow
+def test_a_shard_that_the_kernel_killed_goes_on_and_two_ranks_write_the_same(place, monkeypatch):
+    script = place.folder / "small_windows.py"
+    script.write_text(SMALL_WINDOWS, encoding="utf-8")
+    place.run(output=place.folder / "plain.csv")
+    decoded = []
+
+    def launch(*options, **settings):
+        done = runs.launch(script, *place.arguments, "--output", place.output, *options, **settings)
+        decoded.extend(int(i) for line in done.stdout.splitlines() if "decoded " in line for i in line.split()[1:])
+        return done
+
+    monkeypatch.setenv("BATCHES_TO_LIVE", "5")  # two windows of two batches, and the first batch of a third
+    assert launch("--shard", "1/2").returncode == -signal.SIGKILL
+    assert len(decoded) == 8
+    monkeypatch.delenv("BATCHES_TO_LIVE")
+    for options, ranks in (("--shard", "1/2"), 1), (("--shard", "2/2"), 2):
+        done = launch(*options, ranks=ranks)
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert sorted(decoded) == list(range(23)), "every row once"
+    place.run("--merge-shards", "2")
+    assert place.output.read_bytes() == (place.folder / "plain.csv").read_bytes()
+    assert place.names() == ["out.csv"]
