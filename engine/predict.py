@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 # Run as a script, Python puts engine/ itself on the path, where the package cannot be found.
 if not __package__:
@@ -114,12 +114,8 @@ def decode_rest(
     from engine.prediction import shards
     from engine.prediction.summarizer import Summary, gather_summaries
 
-    state = None
     with runtime.ranks.together("reading what is decoded already"):
-        if runtime.is_main:
-            done = sum(len(window) for window in partial.windows.in_order(rows))
-            begun = range(rows.start + done, min(rows.start + done + shards.WINDOW, rows.stop))
-            state = [done, [record for record in partial.begun() if record["index"] in begun]]
+        state = _decoded_before(partial, rows) if runtime.is_main else None
     done, records = runtime.ranks.broadcast(state)
     known = {record["index"]: Summary(**record) for record in records}
     if done or known:
@@ -150,8 +146,17 @@ def decode_rest(
             summaries = gather_summaries(mine, [feature.index for feature in features], runtime)
             known = {}
             with runtime.ranks.together("keeping what is decoded"):
-                if runtime.is_main:
-                    partial.finish_window(summaries)
+                partial.finish_window(summaries)
+        next(examples, None)  # at its end the file must still be what was checked
+
+
+def _decoded_before(partial: PartialResults, rows: range) -> tuple[int, list[dict[str, Any]]]:
+    """How many rows stand in finished windows, and the records of the window after them."""
+    from engine.prediction.shards import WINDOW
+
+    first = rows.start + sum(len(window) for window in partial.windows.in_order(rows))
+    begun = range(first, min(first + WINDOW, rows.stop))
+    return first - rows.start, [record for record in partial.begun() if record["index"] in begun]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

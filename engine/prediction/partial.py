@@ -93,7 +93,7 @@ class PartialResults:
     """
 
     def __init__(self, base: str | Path, rank: int, *, fingerprint: str, windows: Path | None = None) -> None:
-        self.base, self.fingerprint = Path(base), fingerprint
+        self.base, self.rank, self.fingerprint = Path(base), rank, fingerprint
         self.windows = SideFile(windows or self.base.with_name(f"{self.base.name}.partial.jsonl"), fingerprint)
         self.batches = SideFile(self.base.with_name(f"{self.base.name}.partial-rank{rank}.jsonl"), fingerprint)
 
@@ -107,9 +107,10 @@ class PartialResults:
         return list({record["index"]: record for line in lines for record in line}.values())
 
     def finish_window(self, summaries: Sequence[Summary]) -> None:
-        """Keep a whole window; the ranks' batches of it are not needed any more."""
-        self.windows.append(summaries)
-        self._remove_batches()
+        """Keep a whole window, on rank 0; the ranks' batches of it are not needed any more."""
+        if self.rank == 0:
+            self.windows.append(summaries)
+            self._remove_batches()
 
     def remove(self) -> None:
         """The output is written: nothing needs to be kept."""
