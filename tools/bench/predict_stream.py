@@ -37,7 +37,8 @@ TURNS = (
     "네.",
 )
 SETTINGS = (
-    "prompt.style=plain data.max_source_length=48 generation.num_beams=1 generation.min_new_tokens=2 generation.max_new_tokens=2 "
+    "prompt.style=plain data.max_source_length=48 "
+    "generation.num_beams=1 generation.min_new_tokens=2 generation.max_new_tokens=2 "
     "evaluation.per_device_eval_batch_size=256 runtime.device=cpu runtime.num_threads=1"
 ).split()
 # The toy is made in a process of its own: what is in memory here would count as the children's peak until they start.
