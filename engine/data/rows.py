@@ -7,12 +7,12 @@ import hashlib
 import json
 import logging
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.data.files import NUL, RawTable, Record, read_table
+from engine.data.files import NUL, Record, read_table
 from engine.data.prompts import normalise
 from engine.errors import EngineError
 
@@ -23,7 +23,7 @@ log = logging.getLogger("engine.data")
 
 # Far beyond any dialogue: a longer cell is a file that was parsed wrongly, or hostile. Characters.
 MAX_DIALOGUE, MAX_SUMMARY, MAX_LABEL = 200_000, 20_000, 1_000
-_SHOWN_ROWS = 20
+SHOWN_ROWS = 20
 _SHOWN_PAIRS = 3
 _MISSING_WORDS = {"nan", "null", "none", "n/a", "<na>"}
 
@@ -45,17 +45,41 @@ class Example:
         return f"{self.file} row {self.row} (id {shown(self.id)})".strip()
 
 
-class _BadRow(Exception):
+class UnusableRow(Exception):
     """Why a row cannot be used."""
 
 
 @dataclass(frozen=True)
-class _Columns:
+class BadRow:
+    """A row that cannot be used, and the line about it."""
+
+    row: int
     text: str
-    summaries: tuple[str, ...]  # those that the file has
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What the columns of a file mean, as a recipe's `data` section says it."""
+
+    text: str
+    summaries: tuple[str, ...]
     id: str | None
     topic: str | None
     require_summary: bool
+
+    @classmethod
+    def of(cls, settings: Data, *, require_summary: bool) -> Columns:
+        names = settings.summary_column
+        summaries = (names,) if isinstance(names, str) else tuple(names)
+        return cls(settings.text_column, summaries, settings.id_column, settings.topic_column, require_summary)
+
+    @property
+    def wanted(self) -> list[str]:
+        return [name for name in (self.text, *self.summaries, self.id, self.topic) if name is not None]
+
+    @property
+    def required(self) -> list[str]:
+        return [name for name in self.wanted if self.require_summary or name not in self.summaries]
 
 
 def shown(text: Any, width: int = 40) -> str:
@@ -77,26 +101,28 @@ def read_examples(
     Raises:
         EngineError: E3.1 to E3.3 and E3.8 for the file, E3.4 columns, E3.5 bad rows, E3.6 no rows.
     """
-    columns = settings.summary_column
-    names = (columns,) if isinstance(columns, str) else tuple(columns)
-    labels = (settings.id_column, settings.topic_column)
-    wanted = [name for name in (settings.text_column, *names, *labels) if name is not None]
+    columns = Columns.of(settings, require_summary=require_summary)
     try:
-        table = read_table(path, encoding=settings.encoding, columns=wanted)
+        table = read_table(path, encoding=settings.encoding, columns=columns.wanted)
     except EngineError as error:
         error.next += _key_of_file(error, path, settings)
         raise
+    file = shown(path, 200)
     if not table.records:
-        raise EngineError("E3.6", "the file has no data rows", shown(path, 200), "check the file")
-    required = [name for name in wanted if require_summary or name not in names]
-    _check_columns(table, required, shown(path, 200))
-    summaries = tuple(name for name in names if name in table.columns)
-    columns = _Columns(settings.text_column, summaries, *labels, require_summary)
-    examples, bad = _check_rows(table.records, columns, shown(path, 200), limit)
+        raise EngineError("E3.6", "the file has no data rows", file, "check the file")
+    check_columns(table.columns, columns, file, named=any(record.problem is None for record in table.records))
+    examples: list[Example] = []
+    bad: list[str] = []
+    rows = checked(table.records, columns, file, {})
+    while limit is None or len(examples) < limit:
+        row = next(rows, None)
+        if row is None:
+            break
+        bad.append(row.text) if isinstance(row, BadRow) else examples.append(row)
     if bad:
-        _report_bad_rows(bad, shown(path, 200), settings.on_bad_row, settings.max_bad_rows)
+        report_bad_rows(bad, len(bad), file, settings)
     if not examples:
-        raise EngineError("E3.6", "no usable row is left", shown(path, 200), "check the file")
+        raise EngineError("E3.6", "no usable row is left", file, "check the file")
     return examples
 
 
@@ -108,16 +134,22 @@ def _key_of_file(error: EngineError, path: str | Path, settings: Data) -> str:
     return f"; paths are relative to the current folder ({Path.cwd()}); set data.{keys[0]}=..."
 
 
-def _check_columns(table: RawTable, required: Sequence[str], file: str) -> None:
-    for name in required:
-        count = table.columns.count(name)
-        if count == 1 or (not table.columns and all(record.problem for record in table.records)):
+def check_columns(names: Sequence[str], columns: Columns, file: str, *, named: bool) -> None:
+    """Refuse a file without a required column, or with two of that name: E3.4.
+
+    Args:
+        names: what the file calls its columns.
+        named: some row has columns; without names and without such a row, the rows' own problems say more.
+    """
+    for name in columns.required:
+        count = names.count(name)
+        if count == 1 or not (names or named):
             continue
-        there = ", ".join(repr(shown(column)) for column in table.columns[:30])
-        near = difflib.get_close_matches(name.lower(), [c.lower() for c in table.columns], n=1, cutoff=0.6)
-        close = next((c for c in table.columns if near and c.lower() == near[0]), None)
+        there = ", ".join(repr(shown(column)) for column in names[:30])
+        near = difflib.get_close_matches(name.lower(), [c.lower() for c in names], n=1, cutoff=0.6)
+        close = next((c for c in names if near and c.lower() == near[0]), None)
         advice = f"did you mean {shown(close)!r}? " if close and count == 0 else ""
-        if len(table.columns) == 1 and any(mark in table.columns[0] for mark in ";\t|"):
+        if len(names) == 1 and any(mark in names[0] for mark in ";\t|"):
             advice = "separate the columns by commas; "
         what = f"column {name!r} is missing" if count == 0 else f"column {name!r} occurs {count} times"
         raise EngineError(
@@ -128,26 +160,23 @@ def _check_columns(table: RawTable, required: Sequence[str], file: str) -> None:
         )
 
 
-def _check_rows(
-    records: Iterable[Record], columns: _Columns, file: str, limit: int | None
-) -> tuple[list[Example], list[str]]:
-    """Examples, and one line about each bad row before the limit was reached."""
-    examples: list[Example] = []
-    bad: list[str] = []
-    rows_of_ids: dict[str, int] = {}
+def checked(
+    records: Iterable[Record], columns: Columns, file: str, rows_of_ids: MutableMapping[str, int]
+) -> Iterator[Example | BadRow]:
+    """What each record is, in order.
+
+    Args:
+        rows_of_ids: ids met so far; only its `setdefault` is used.
+    """
     for record in records:
-        if limit is not None and len(examples) >= limit:
-            break
         try:
-            example = _example(record, columns, file)
-            if example.id in rows_of_ids:
-                raise _BadRow(f"its id is also that of row {rows_of_ids[example.id]}")
-        except _BadRow as problem:
-            bad.append(f"{_place(record, columns.id)}: {problem}")
-            continue
-        rows_of_ids[example.id] = example.row
-        examples.append(example)
-    return examples, bad
+            example = example_of(record, columns, file)
+            if columns.id is not None and (first := rows_of_ids.setdefault(example.id, example.row)) != example.row:
+                raise UnusableRow(f"its id is also that of row {first}")
+        except UnusableRow as problem:
+            yield BadRow(record.row, f"{_place(record, columns.id)}: {problem}")
+        else:
+            yield example
 
 
 def _place(record: Record, id_column: str | None) -> str:
@@ -157,16 +186,21 @@ def _place(record: Record, id_column: str | None) -> str:
     return f"row {record.row}" + (f" ({', '.join(marks)})" if marks else "")
 
 
-def _report_bad_rows(bad: list[str], file: str, on_bad_row: str, max_bad_rows: int) -> None:
-    count = "1 bad row" if len(bad) == 1 else f"{len(bad)} bad rows"
-    if on_bad_row == "skip" and len(bad) <= max_bad_rows:
-        log.warning("%s: dropped %s: %s", file, count, "; ".join(bad))
+def report_bad_rows(bad: Sequence[str], count: int, file: str, settings: Data) -> None:
+    """Say which rows are dropped, or refuse the file: E3.5.
+
+    Args:
+        bad: the first lines about them, at least SHOWN_ROWS and `max_bad_rows` of them where there are so many.
+    """
+    said, skip = "1 bad row" if count == 1 else f"{count} bad rows", settings.on_bad_row == "skip"
+    if skip and count <= settings.max_bad_rows:
+        log.warning("%s: dropped %s: %s", file, said, "; ".join(bad))
         return
-    more = f"; and {len(bad) - _SHOWN_ROWS} more" if len(bad) > _SHOWN_ROWS else ""
-    allowed = f", and data.max_bad_rows is {max_bad_rows}" if on_bad_row == "skip" else ""
+    more = f"; and {count - SHOWN_ROWS} more" if count > SHOWN_ROWS else ""
+    allowed = f", and data.max_bad_rows is {settings.max_bad_rows}" if skip else ""
     raise EngineError(
         "E3.5",
-        f"{count}{allowed}: {'; '.join(bad[:_SHOWN_ROWS])}{more}",
+        f"{said}{allowed}: {'; '.join(bad[:SHOWN_ROWS])}{more}",
         file,
         "correct them, or drop them with data.on_bad_row=skip and data.max_bad_rows",
     )
@@ -175,9 +209,10 @@ def _report_bad_rows(bad: list[str], file: str, on_bad_row: str, max_bad_rows: i
 # One row
 
 
-def _example(record: Record, columns: _Columns, file: str) -> Example:
+def example_of(record: Record, columns: Columns, file: str) -> Example:
+    """Raises: UnusableRow."""
     if record.problem:
-        raise _BadRow(record.problem)
+        raise UnusableRow(record.problem)
     values = record.values
     dialogue = _text(values, columns.text, MAX_DIALOGUE)
     references = []
@@ -210,18 +245,18 @@ def _is_blank(text: str) -> bool:
 def _text(values: dict[str, Any], name: str, limit: int) -> str:
     value = values.get(name)
     if value is None or (isinstance(value, float) and value != value):
-        raise _BadRow(f"{name!r} is missing")
+        raise UnusableRow(f"{name!r} is missing")
     if not isinstance(value, str):
-        raise _BadRow(f"{name!r} is not text but {type(value).__name__}")
+        raise UnusableRow(f"{name!r} is not text but {type(value).__name__}")
     if len(value) > limit:
-        raise _BadRow(f"{name!r} has {len(value):,} characters, more than {limit:,}")
+        raise UnusableRow(f"{name!r} has {len(value):,} characters, more than {limit:,}")
     if "\x00" in value or NUL in value:
-        raise _BadRow(f"{name!r} holds a NUL character")
+        raise UnusableRow(f"{name!r} holds a NUL character")
     _check_encodable(value, name)
     if _is_blank(value):
-        raise _BadRow(f"{name!r} is empty")
+        raise UnusableRow(f"{name!r} is empty")
     if _is_missing(value):
-        raise _BadRow(f"{name!r} holds only {value.strip()!r}")
+        raise UnusableRow(f"{name!r} holds only {value.strip()!r}")
     return normalise(value)
 
 
@@ -231,8 +266,8 @@ def _check_encodable(value: str, name: str) -> None:
     except UnicodeEncodeError as error:
         code = ord(value[error.start])
         if 0xDC80 <= code <= 0xDCFF:  # a byte that the decoder let through
-            raise _BadRow(f"{name!r} holds byte 0x{code - 0xDC00:02x}, which is not UTF-8") from None
-        raise _BadRow(f"{name!r} holds half of a character (surrogate U+{code:04X})") from None
+            raise UnusableRow(f"{name!r} holds byte 0x{code - 0xDC00:02x}, which is not UTF-8") from None
+        raise UnusableRow(f"{name!r} holds half of a character (surrogate U+{code:04X})") from None
 
 
 def _id(values: dict[str, Any], name: str) -> str:

@@ -8,15 +8,20 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.data.rows import Example, read_examples
+from engine.data.rows import Example
+from engine.data.stream import ExampleFile, ExampleList
 from engine.errors import EngineError
 from engine.prediction.postprocess import repairs_text
-from engine.prediction.submission import submission_table, without_empty, write_submission
-from engine.runtime.atomic import storage_error, write_text_atomically
+from engine.prediction.submission import Sample, csv_text, refuse_empty, stand_in, warn_of_empty
+from engine.runtime.atomic import storage_error, written_atomically
 from engine.scoring import endings, rouge
 
 if TYPE_CHECKING:
@@ -29,8 +34,9 @@ _ELSEWHERE = "free some space or choose another --output, then run again"
 _OTHER_FORMATS = {".parquet", ".pq", ".json", ".xlsx", ".gz", ".zip"}
 
 
-def read_input(path: str, recipe: Recipe) -> list[Example]:
-    """Rows of a CSV, JSONL or parquet file, or dialogues from standard input (`-`), one per line with `\\n` for newlines.
+def open_input(path: str, recipe: Recipe) -> ExampleFile | ExampleList:
+    """Rows of a CSV, JSONL or parquet file, checked in full but not held; or dialogues from standard input (`-`), one per line
+    with `\\n` for newlines, which are.
 
     Raises:
         EngineError: E3 naming file and row.
@@ -39,8 +45,8 @@ def read_input(path: str, recipe: Recipe) -> list[Example]:
         lines = [line.rstrip("\n").replace("\\n", "\n") for line in sys.stdin if line.strip()]
         if not lines:
             raise EngineError("E3.32", "standard input holds no dialogue", "-", "write one dialogue per line")
-        return examples_of(lines, file="standard input")
-    return read_examples(path, recipe.data, require_summary=False)
+        return ExampleList(examples_of(lines, file="standard input"))
+    return ExampleFile(path, recipe.data)
 
 
 def examples_of(dialogues: Sequence[str], topics: Sequence[str] | None = None, *, file: str = "") -> list[Example]:
@@ -64,84 +70,155 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def check_target(examples: Sequence[Example], options: argparse.Namespace) -> None:
-    """Refuse before decoding what could not be written afterwards, and make the output's folder.
-
-    Raises:
-        EngineError: E2 for a name that is no CSV or JSONL file or is the input's, E3 for a sample that does not fit, E6 for a
-            place that cannot be written.
-    """
+def check_names(options: argparse.Namespace) -> None:
+    """Refuse an output before the input is read: E2.37 no CSV or JSONL file, E2.38 the input's or the sample's."""
     output = Path(options.output)
     no_file = options.output == "-" or (output.exists() and not output.is_file())  # devices would be replaced
     if no_file or output.suffix.lower() in _OTHER_FORMATS:
         what = f"predictions are written as CSV, or as JSON lines to a name in .jsonl, not to {options.output}"
         raise EngineError("E2.37", what, "--output", "choose another --output", safe="nothing was decoded")
-    if options.input != "-" and output.exists() and output.samefile(options.input):
-        what = "the output would replace the input"
-        raise EngineError("E2.38", what, str(output), "choose another --output", safe="nothing was decoded")
-    sample = options.sample_submission
-    if sample is not None and output.exists() and Path(sample).exists() and output.samefile(sample):
-        what = "the output would replace the sample"
-        raise EngineError("E2.38", what, str(output), "choose another --output", safe="nothing was decoded")
+    for what, other in (("input", options.input), ("sample", options.sample_submission)):
+        if other not in (None, "-") and output.exists() and Path(other).exists() and output.samefile(other):
+            what = f"the output would replace the {what}"
+            raise EngineError("E2.38", what, str(output), "choose another --output", safe="nothing was decoded")
+
+
+def check_target(source: ExampleFile | ExampleList, options: argparse.Namespace) -> Sample | None:
+    """Make the output's folder, and read the sample if there is one.
+
+    Raises:
+        EngineError: E3.35 for a sample that does not fit, E6.1 for a place that cannot be written.
+    """
+    output = Path(options.output)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         if not os.access(output.parent, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise storage_error(error, output, "preparing the output", "nothing was decoded", _ELSEWHERE) from error
-    if options.sample_submission is not None:
-        ids = [example.id for example in examples]
-        submission_table(ids, ["?"] * len(ids), options.sample_submission)
+    if options.sample_submission is None:
+        return None
+    return Sample(options.sample_submission, [example.id for example in source.examples()])
+
+
+Decoded = Callable[
+    [], Iterable[Sequence["Summary"]]
+]  # the summaries in order, some at a time; from the first at each call
 
 
 def write(
-    examples: Sequence[Example], summaries: Sequence[Summary], options: argparse.Namespace, recipe: Recipe
+    source: ExampleFile | ExampleList,
+    decoded: Decoded,
+    options: argparse.Namespace,
+    recipe: Recipe,
+    sample: Sample | None = None,
 ) -> None:
     """Write the output file; print scores and how the texts ended. Raises: EngineError E6 where it cannot be written."""
-    ids, output = [example.id for example in examples], Path(options.output)
-    texts = without_empty(ids, [example.dialogue for example in examples], [summary.text for summary in summaries])
+    output, report = Path(options.output), _Report()
     try:
-        _write_file(ids, summaries, texts, output, options)
+        with written_atomically(output) as handle:
+            for part in _parts(source, decoded):
+                handle.write(_text_of(part, output, options, sample))
+                report.add(part)
     except OSError as error:
         kept = "decoded rows are kept beside it"
         raise storage_error(error, output, "writing the output", kept, _ELSEWHERE) from error
-    log.info("%d summaries in %s", len(texts), output)
-    _print_scores(examples, summaries, texts, recipe)
+    warn_of_empty(report.empty, report.empty_ids)
+    log.info("%d summaries in %s", report.rows, output)
+    if source.scored:
+        print(_scores(_parts(source, decoded), recipe.evaluation.rouge_tokenizer))
+    report.print(source.scored)
 
 
-def _write_file(
-    ids: list[str], summaries: Sequence[Summary], texts: list[str], output: Path, options: argparse.Namespace
-) -> None:
-    escape = options.escape_formulas
-    if options.sample_submission is not None:
-        write_submission(submission_table(ids, texts, options.sample_submission), output, escape_formulas=escape)
+@dataclass
+class _Part:
+    """Rows that follow each other, the first of them number `start` (from 0); `texts`: as they are submitted, never empty."""
+
+    start: int
+    examples: list[Example]
+    summaries: Sequence[Summary]
+
+    @property
+    def ids(self) -> list[str]:
+        return [example.id for example in self.examples]
+
+    @cached_property
+    def texts(self) -> list[str]:
+        return [stand_in(row.dialogue, done.text) for row, done in zip(self.examples, self.summaries, strict=True)]
+
+
+def _parts(source: ExampleFile | ExampleList, decoded: Decoded) -> Iterator[_Part]:
+    """Each row of the input with its summaries. Raises: EngineError E1.3 unless every row is there once, in order."""
+    examples = source.examples()
+    start = 0
+    for summaries in decoded():
+        part = _Part(start, list(islice(examples, len(summaries))), summaries)
+        if [summary.index for summary in summaries] != list(range(start, start + len(part.examples))):
+            break
+        yield part
+        start += len(summaries)
+    if start != source.count or next(examples, None) is not None:
+        what = f"{start} of {source.count} rows are in order; each must be there once"
+        raise EngineError("E1.3", what, "writing the output", "please report this")
+
+
+def _text_of(part: _Part, output: Path, options: argparse.Namespace, sample: Sample | None) -> str:
+    """A part of the output file, with the header if it is the first."""
+    if sample is not None:
+        refuse_empty(part.ids, part.texts, options.sample_submission)
+        header, table = sample.header, sample.filled(part.texts, part.start)
     elif output.suffix.lower() == ".jsonl":
-        rows = _n_best(ids, summaries, texts)
-        write_text_atomically(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    elif len(summaries[0].texts) > 1:
-        rows = _n_best(ids, summaries, texts)
-        write_submission([list(rows[0]), *(list(row.values()) for row in rows)], output, escape_formulas=escape)
+        return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in _n_best(part))
+    elif len(part.summaries[0].texts) > 1:
+        rows = _n_best(part)
+        header, table = list(rows[0]), [list(row.values()) for row in rows]
     else:
-        write_submission(submission_table(ids, texts), output, escape_formulas=escape)
+        refuse_empty(part.ids, part.texts)
+        header, table = ["fname", "summary"], [list(row) for row in zip(part.ids, part.texts, strict=True)]
+    return csv_text([header] * (part.start == 0) + table, escape_formulas=options.escape_formulas)
 
 
-def _n_best(ids: Sequence[str], summaries: Sequence[Summary], texts: Sequence[str]) -> list[dict[str, Any]]:
-    """Every hypothesis of every row, best first; the best one as it is submitted, never empty."""
+def _n_best(part: _Part) -> list[dict[str, Any]]:
+    """Every hypothesis of every row, best first; the best one as it is submitted."""
     return [
         {"fname": name, "rank": rank, "summary": best if rank == 1 else text, "score": score}
-        for name, best, summary in zip(ids, texts, summaries, strict=True)
+        for name, best, summary in zip(part.ids, part.texts, part.summaries, strict=True)
         for rank, (text, score) in enumerate(zip(summary.texts, summary.scores, strict=True), start=1)
     ]
 
 
-def _print_scores(examples: Sequence[Example], summaries: Sequence[Summary], texts: list[str], recipe: Recipe) -> None:
-    references = [example.references for example in examples]
-    scored = all(references)
-    if scored:
-        scores = rouge.rouge(texts, references, tokenizer=recipe.evaluation.rouge_tokenizer)
-        values = "  ".join(f"{key} {scores[key]:.2f}" for key in ("rouge1", "rouge2", "rougeL", "rouge_mean"))
-        print(f"{values}  ({scores['rouge_tokenizer_version']})")
-    report = endings.ending_report(texts, references if scored else None, [not summary.ended for summary in summaries])
-    print(endings.ending_text(report))
-    if repairs := repairs_text([summary.fired for summary in summaries]):
-        print(repairs)
+class _Report:
+    """How the texts ended, counted part by part."""
+
+    def __init__(self) -> None:
+        self.rows = self.empty = 0
+        self.empty_ids: list[str] = []
+        self._own: Counter[str] = Counter()
+        self._references: Counter[str] = Counter()
+        self._repairs: Counter[str] = Counter()
+
+    def add(self, part: _Part) -> None:
+        empty = [name for name, summary in zip(part.ids, part.summaries, strict=True) if not summary.text.strip()]
+        self.rows, self.empty = self.rows + len(part.examples), self.empty + len(empty)
+        self.empty_ids += empty[: 10 - len(self.empty_ids)]
+        self._own.update(endings.count_endings(part.texts, [not summary.ended for summary in part.summaries]))
+        self._references.update(endings.count_endings([text for row in part.examples for text in row.references]))
+        self._repairs.update(rule for summary in part.summaries for rule in summary.fired)
+
+    def print(self, scored: bool) -> None:
+        print(endings.ending_text(endings.report_of(self._own, self._references if scored else None)))
+        if repairs := repairs_text(self._repairs, self.rows):
+            print(repairs)
+
+
+def _scores(parts: Iterable[_Part], tokenizer: str) -> str:
+    """One line with the means over all rows."""
+    sums: Counter[str] = Counter()
+    rows = 0
+    for part in parts:
+        for row in rouge.rouge_rows(part.texts, [example.references for example in part.examples], tokenizer):
+            sums.update(row)
+            rows += 1
+    scores = rouge.mean_scores([{name: total / rows for name, total in sums.items()}], tokenizer)
+    values = "  ".join(f"{key} {scores[key]:.2f}" for key in ("rouge1", "rouge2", "rougeL", "rouge_mean"))
+    return f"{values}  ({scores['rouge_tokenizer_version']})"

@@ -6,10 +6,8 @@ changed a text. Pure: strings in, strings out.
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections import Counter
-from collections.abc import Sequence
 
 RULES = ("fix_placeholders", "fix_cut_word", "fix_full_stop", "fix_particles")
 
@@ -109,8 +107,7 @@ def close_particles(text: str) -> str:
     return _PARTICLE.sub(r"\1\2", text)
 
 
-def repairs_text(fired: Sequence[Sequence[str]]) -> str:
-    """How often each rule changed a text, given the rules that fired for each; empty where none did."""
-    counts = Counter(itertools.chain.from_iterable(fired))
+def repairs_text(counts: Counter[str], rows: int) -> str:
+    """How often each rule changed one of `rows` texts; empty where none did."""
     told = ", ".join(f"{rule} {counts[rule]}" for rule in RULES if counts[rule])
-    return f"post-processing of {len(fired)} texts: {told}" if told else ""
+    return f"post-processing of {rows} texts: {told}" if told else ""

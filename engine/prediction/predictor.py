@@ -175,9 +175,9 @@ class Predictor:
             )
         return sorted(done, key=lambda summary: summary.index)
 
-    def features(self, examples: Sequence[Example]) -> list[Feature]:
-        """Tokenised prompts. Raises: EngineError E2 or E3 naming the row that cannot be prompted."""
-        return [self.encoder.prompt_feature(example, index) for index, example in enumerate(examples)]
+    def features(self, examples: Sequence[Example], first: int = 0) -> list[Feature]:
+        """Tokenised prompts, indices from `first` on. Raises: EngineError E2 or E3 naming the row that cannot be prompted."""
+        return [self.encoder.prompt_feature(example, index) for index, example in enumerate(examples, first)]
 
     def summarizer(self, batch_size: int, **gen: Any) -> Summarizer:
         """Raises: EngineError E2 for settings that cannot be."""

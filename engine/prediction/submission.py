@@ -28,47 +28,78 @@ def submission_table(ids: Sequence[str], summaries: Sequence[str], sample: str |
         EngineError: E3 where an id is missing, unknown, repeated or out of order, a cell would be empty, or the sample has no
             columns for ids and summaries.
     """
-    where = str(sample) if sample is not None else "submission"
-    empty = [name for name, text in zip(ids, summaries, strict=True) if not str(text).strip()]
-    if empty:
-        raise _refused(f"{len(empty)} empty summaries, first {empty[0]}", where)
+    refuse_empty(ids, summaries, sample)
     if len(set(ids)) != len(ids):
         repeated = next(name for name in ids if list(ids).count(name) > 1)
-        raise _refused(f"the id {repeated} occurs twice", where)
+        raise _refused(f"the id {repeated} occurs twice", _where(sample))
     if sample is None:
         return [["fname", "summary"], *([name, text] for name, text in zip(ids, summaries, strict=True))]
-    header, rows = _read_sample(Path(sample))
-    id_at, summary_at = _columns(header, rows, set(ids), where)
-    _check_ids([row[id_at] for row in rows], list(ids), where)
-    filled = [[*row[:summary_at], text, *row[summary_at + 1 :]] for row, text in zip(rows, summaries, strict=True)]
-    return [header, *filled]
+    fitting = Sample(sample, ids)
+    return [fitting.header, *fitting.filled(summaries)]
+
+
+class Sample:
+    """A sample that fits the ids of the input: its header, and its rows with summaries in their place.
+
+    Raises:
+        EngineError: E3.35 where the sample cannot be read, has other ids or another order.
+    """
+
+    def __init__(self, path: str | Path, ids: Sequence[str]) -> None:
+        self.header, self._rows = _read_sample(Path(path))
+        id_at, self._summary_at = _columns(self.header, self._rows, set(ids), str(path))
+        _check_ids([row[id_at] for row in self._rows], list(ids), str(path))
+
+    def filled(self, summaries: Sequence[str], start: int = 0) -> Table:
+        """Rows from `start` on, one for each summary."""
+        at, rows = self._summary_at, self._rows[start : start + len(summaries)]
+        return [[*row[:at], text, *row[at + 1 :]] for row, text in zip(rows, summaries, strict=True)]
+
+
+def refuse_empty(ids: Sequence[str], summaries: Sequence[str], sample: str | Path | None = None) -> None:
+    """Raises: EngineError E3.35 where a cell would be empty."""
+    empty = [name for name, text in zip(ids, summaries, strict=True) if not str(text).strip()]
+    if empty:
+        raise _refused(f"{len(empty)} empty summaries, first {empty[0]}", _where(sample))
 
 
 def without_empty(ids: Sequence[str], dialogues: Sequence[str], texts: Sequence[str]) -> list[str]:
     """Texts with no empty cell: where the model wrote nothing, the dialogue's first two turns stand in, with a warning."""
     empty = [name for name, text in zip(ids, texts, strict=True) if not text.strip()]
-    if empty:
-        log.warning(
-            "%d empty summaries replaced by the dialogue's first two turns: %s", len(empty), ", ".join(empty[:10])
-        )
-    return [
-        text if text.strip() else baselines.lead_baseline(dialogue)
-        for dialogue, text in zip(dialogues, texts, strict=True)
-    ]
+    warn_of_empty(len(empty), empty)
+    return [stand_in(dialogue, text) for dialogue, text in zip(dialogues, texts, strict=True)]
 
 
-def write_submission(table: Table, path: Path, *, escape_formulas: bool = False) -> None:
-    """UTF-8 CSV; newlines and commas inside quoted cells. The file appears whole or not at all.
+def stand_in(dialogue: str, text: str) -> str:
+    return text if text.strip() else baselines.lead_baseline(dialogue)
+
+
+def warn_of_empty(count: int, ids: Sequence[str]) -> None:
+    if count:
+        log.warning("%d empty summaries replaced by the dialogue's first two turns: %s", count, ", ".join(ids[:10]))
+
+
+def csv_text(table: Table, *, escape_formulas: bool = False) -> str:
+    """Rows of CSV; newlines and commas inside quoted cells.
 
     Args:
         escape_formulas: put a quote before cells that a spreadsheet would compute. Competition files must stay exact.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     if escape_formulas:
         table = [[f"'{cell}" if str(cell).startswith(_FORMULA) else cell for cell in row] for row in table]
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(table)
-    write_text_atomically(path, text.getvalue())
+    return text.getvalue()
+
+
+def write_submission(table: Table, path: Path) -> None:
+    """UTF-8 CSV. The file appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text_atomically(path, csv_text(table))
+
+
+def _where(sample: str | Path | None) -> str:
+    return str(sample) if sample is not None else "submission"
 
 
 def _read_sample(path: Path) -> tuple[list[str], Table]:

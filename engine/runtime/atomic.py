@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from engine.errors import EngineError
 
@@ -37,8 +37,9 @@ def fsync_file(path: Path) -> None:
         os.close(handle)
 
 
-def write_text_atomically(path: Path, text: str, *, durable: bool = True, errors: str = "strict") -> None:
-    """Replace `path` by `text` so that a reader, or a crash, sees the old file or the new one and nothing between.
+@contextmanager
+def written_atomically(path: Path, *, durable: bool = True, errors: str = "strict") -> Iterator[IO[str]]:
+    """A handle on what will replace `path` when the block ends well: a reader, or a crash, sees the old file or the new one.
 
     `durable=False` skips the flush to disk: still whole after a crash of this process, not after one of the machine.
     A kill leaves a `.<name>.<pid>.partial` behind, for `remove_partials`.
@@ -48,7 +49,7 @@ def write_text_atomically(path: Path, text: str, *, durable: bool = True, errors
         partial.unlink(missing_ok=True)  # by a killed process of the same number, or somebody's link
         # "x" follows no link; csv brings line ends of its own.
         with partial.open("x", encoding="utf-8", errors=errors, newline="") as handle:
-            handle.write(text)
+            yield handle
             handle.flush()
             if durable:
                 os.fsync(handle.fileno())
@@ -58,6 +59,12 @@ def write_text_atomically(path: Path, text: str, *, durable: bool = True, errors
         raise
     if durable:
         fsync_file(path.parent)
+
+
+def write_text_atomically(path: Path, text: str, *, durable: bool = True, errors: str = "strict") -> None:
+    """Replace `path` by `text`, as `written_atomically` does."""
+    with written_atomically(path, durable=durable, errors=errors) as handle:
+        handle.write(text)
 
 
 def append_text(path: Path, text: str) -> None:

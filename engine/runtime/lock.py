@@ -36,12 +36,25 @@ def taking_turns(folder: Path) -> Iterator[None]:
 class FolderLock:
     """One run at a time in a folder: a lock on `.lock`, and beside it `.lock.json`, which says who holds it.
 
+    Args:
+        name: of the lock's file, where a folder holds several things to lock.
+        thing: what is locked, and
+        advice: what to do while somebody else has it, in the message.
+
     The kernel frees the lock when its process ends, however it ends. The record then stays behind, and the next run
     can say whose place it takes. Where the file system has no kernel locks, the library's lock by process id decides.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.path, self.owner_file = folder / ".lock", folder / ".lock.json"
+    def __init__(
+        self,
+        folder: Path,
+        name: str = ".lock",
+        *,
+        thing: str = "in this folder",
+        advice: str = "wait for it, or set another experiment.output_dir",
+    ) -> None:
+        self.path, self.owner_file = folder / name, folder / f"{name}.json"
+        self._thing, self._advice = thing, advice
         self._lock: BaseFileLock | None = None
 
     def acquire(self) -> str | None:
@@ -79,9 +92,9 @@ class FolderLock:
         who = f"process {owner['pid']} on {owner['host']}" if owner else "another process"
         return EngineError(
             "E2.30",
-            f"{who} is running in this folder",
+            f"{who} is running {self._thing}",
             str(self.path),
-            "wait for it, or set another experiment.output_dir",
+            self._advice,
             safe="nothing was touched",
         )
 
@@ -94,6 +107,8 @@ def _locked(path: Path) -> BaseFileLock:
     except OSError as error:
         if error.errno not in _NO_KERNEL_LOCKS:
             raise
-        lock = SoftFileLock(path.with_name(".lock.soft"))  # not `.lock`, which the attempt above may have emptied
+        lock = SoftFileLock(
+            path.with_name(f"{path.name}.soft")
+        )  # not `.lock`, which the attempt above may have emptied
         lock.acquire(timeout=0)
     return lock

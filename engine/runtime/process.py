@@ -175,7 +175,7 @@ class Runtime(AbstractContextManager):
             if self.is_main:
                 folder = choose_run_folder(recipe, resume)
                 if not folder.finished:
-                    self._lock(folder.path)
+                    self.hold(FolderLock(folder.path))
                 facts = [str(folder.path.absolute()), folder.reused, folder.finished]
         path, reused, finished = self.ranks.broadcast(facts)
         folder = RunFolder(Path(path), reused, finished)
@@ -185,9 +185,10 @@ class Runtime(AbstractContextManager):
             log.info("run folder: %s (log: train.log in it)", console.from_here(folder.path))
         return folder
 
-    def _lock(self, path: Path) -> None:
-        self.lock = FolderLock(path)
-        if note := self.lock.acquire():
+    def hold(self, lock: FolderLock) -> None:
+        """Take a lock until this context ends. Raises: EngineError E2.30 when another process has it."""
+        self.lock = lock
+        if note := lock.acquire():
             log.warning(note)
 
     # Signals

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 
 from engine.scoring.rouge import PLACEHOLDER, References, as_lists, squeeze
@@ -35,20 +36,48 @@ def ending_report(
     mean_length, length_histogram; with `references` also mean_length_ratio (mean prediction over mean reference) and
     the references' own reference_length, reference_foreign_rate, reference_proper_ending_rate, reference_histogram.
     """
-    if not predictions:
+    own = count_endings(predictions, capped)
+    if references is None:
+        return report_of(own)
+    return report_of(own, count_endings([text for row in as_lists(predictions, references) for text in row]))
+
+
+def count_endings(texts: Sequence[str], capped: Sequence[bool] | None = None) -> Counter[str]:
+    """What `report_of` needs to know of the texts. Counts of parts add up to those of the whole (`Counter.update`)."""
+    if capped is not None and len(capped) != len(texts):
+        raise ValueError(f"{len(texts)} predictions but {len(capped)} ends")
+    bare = [PLACEHOLDER.sub("", unicodedata.normalize("NFC", text)) for text in texts]
+    found = {name: [bool(pattern.search(text)) for text in bare] for name, pattern in _SCRIPTS.items()}
+    lengths = [len(squeeze(text)) for text in texts]
+    counts = Counter(f"{min(length // _BIN_WIDTH, _BINS - 1)}. bin" for length in lengths)
+    counts.update({name: sum(hits) for name, hits in found.items()})
+    return counts + Counter(
+        rows=len(texts),
+        ends=0 if capped is None else len(capped),
+        capped=sum(map(bool, capped or ())),
+        proper=sum(map(ends_properly, texts)),
+        empty=lengths.count(0),
+        letters=sum(c.isalpha() for text in bare for c in text),
+        hangul=sum(len(_HANGUL.findall(text)) for text in bare),
+        foreign=sum(map(any, zip(*found.values(), strict=True))),
+        length=sum(lengths),
+    )
+
+
+def report_of(own: Counter[str], references: Counter[str] | None = None) -> dict:
+    """`ending_report` from counts of the predictions, and of the references where there are any."""
+    if not own["rows"]:
         raise ValueError("no predictions to report on")
-    report: dict = {"rows": len(predictions)}
-    if capped is not None:
-        if len(capped) != len(predictions):
-            raise ValueError(f"{len(predictions)} predictions but {len(capped)} ends")
-        report["capped_rate"] = sum(map(bool, capped)) / len(capped)
+    report: dict = {"rows": own["rows"]}
+    if own["ends"]:
+        report["capped_rate"] = own["capped"] / own["ends"]
         report["eos_rate"] = 1.0 - report["capped_rate"]
-    report.update(_describe(predictions))
+    report |= _describe(own)
     if references is not None:
-        own = _describe([text for row in as_lists(predictions, references) for text in row])
-        report["mean_length_ratio"] = report["mean_length"] / own["mean_length"] if own["mean_length"] else 0.0
-        report |= {"reference_length": own["mean_length"], "reference_histogram": own["length_histogram"]}
-        report |= {f"reference_{name}": own[name] for name in ("foreign_rate", "proper_ending_rate")}
+        theirs = _describe(references)
+        report["mean_length_ratio"] = report["mean_length"] / theirs["mean_length"] if theirs["mean_length"] else 0.0
+        report |= {"reference_length": theirs["mean_length"], "reference_histogram": theirs["length_histogram"]}
+        report |= {f"reference_{name}": theirs[name] for name in ("foreign_rate", "proper_ending_rate")}
     return report
 
 
@@ -60,24 +89,15 @@ def ending_metrics(
     return {key: report[key] for key in ENDING_KEYS if key in report}
 
 
-def _describe(texts: Sequence[str]) -> dict:
-    bare = [PLACEHOLDER.sub("", unicodedata.normalize("NFC", text)) for text in texts]
-    letters = sum(c.isalpha() for text in bare for c in text)
-    hangul = sum(len(_HANGUL.findall(text)) for text in bare)
-    found = {name: [bool(pattern.search(text)) for text in bare] for name, pattern in _SCRIPTS.items()}
-    lengths = [len(squeeze(text)) for text in texts]
-    histogram = [0] * _BINS
-    for length in lengths:
-        histogram[min(length // _BIN_WIDTH, _BINS - 1)] += 1
-    rows = len(texts)
+def _describe(counts: Counter[str]) -> dict:
+    rates = {f"{name}_rate": counts[name] / counts["rows"] for name in ("foreign", *_SCRIPTS)}
     return {
-        "proper_ending_rate": sum(map(ends_properly, texts)) / rows,
-        "empty_rate": lengths.count(0) / rows,
-        "hangul_ratio": hangul / letters if letters else 0.0,
-        "foreign_rate": sum(map(any, zip(*found.values(), strict=True))) / rows,
-        **{f"{name}_rate": sum(hits) / rows for name, hits in found.items()},
-        "mean_length": sum(lengths) / rows,
-        "length_histogram": histogram,
+        "proper_ending_rate": counts["proper"] / counts["rows"],
+        "empty_rate": counts["empty"] / counts["rows"],
+        "hangul_ratio": counts["hangul"] / counts["letters"] if counts["letters"] else 0.0,
+        **rates,
+        "mean_length": counts["length"] / counts["rows"],
+        "length_histogram": [counts[f"{number}. bin"] for number in range(_BINS)],
     }
 
 

@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import pytest
 
 from engine import predict
+from engine.data.stream import ExampleList
 from engine.errors import EngineError
-from engine.prediction.files import examples_of, read_input, write
+from engine.prediction.files import examples_of, open_input, write
 from engine.prediction.summarizer import Summary
 from engine.recipe.schema import Recipe
 
@@ -45,17 +46,17 @@ def test_a_row_that_cannot_be_prompted_is_named_by_file_row_and_id(trained, tmp_
 def test_a_line_of_standard_input_that_is_no_text_is_named(monkeypatch):
     monkeypatch.setattr("sys.stdin", ["안녕?\n", "\ud800\n"])
     with pytest.raises(EngineError, match="standard input row 2") as caught:
-        read_input("-", Recipe())
+        list(open_input("-", Recipe()).examples())
     assert caught.value.code == "E3.31"
 
 
 def test_lines_of_standard_input(monkeypatch):
     monkeypatch.setattr("sys.stdin", ["가: 안녕?\\n나: 네.\n", "\n", "가: 뭐 해?\n"])
-    rows = read_input("-", Recipe())
+    rows = list(open_input("-", Recipe()).examples())
     assert [(row.id, row.row, row.dialogue) for row in rows] == [("0", 1, "가: 안녕?\n나: 네."), ("1", 2, "가: 뭐 해?")]
     monkeypatch.setattr("sys.stdin", ["\n"])
     with pytest.raises(EngineError, match=r"E3\.32"):
-        read_input("-", Recipe())
+        list(open_input("-", Recipe()).examples())
 
 
 @pytest.mark.parametrize(
@@ -74,6 +75,6 @@ def test_n_best_lists_keep_every_hypothesis(tmp_path, capsys, name, written):
     row = replace(row, id="a")
     options = SimpleNamespace(output=str(tmp_path / name), sample_submission=None, escape_formulas=False)
     summary = Summary(0, ["둘", "하\n나"], [-0.5, -1.25], tokens=1, ended=True, fired=["fix_cut_word"])
-    write([row], [summary], options, Recipe())
+    write(ExampleList([row]), lambda: [[summary]], options, Recipe())
     assert (tmp_path / name).read_text(encoding="utf-8") == written
     assert "post-processing of 1 texts: fix_cut_word 1" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -114,8 +115,9 @@ def test_rules_together():
 
 def test_repairs_are_counted():
     fired = [postprocess(text, **ALL)[1] for text in ("#Person1# 는 간다", "#Person1#는 간다.", "#Person1# 가 온다.")]
-    assert repairs_text(fired) == "post-processing of 3 texts: fix_full_stop 1, fix_particles 2"
-    assert repairs_text([[]]) == ""
+    counts = Counter(rule for rules in fired for rule in rules)
+    assert repairs_text(counts, len(fired)) == "post-processing of 3 texts: fix_full_stop 1, fix_particles 2"
+    assert repairs_text(Counter(), 1) == ""
 
 
 @pytest.mark.skipif(not DATA.exists(), reason="the real data is not here")

@@ -127,11 +127,11 @@ def test_secrets_reach_no_file_of_a_run(tmp_path):
 
 
 def test_formulas_are_quoted_on_request(tmp_path):
-    from engine.prediction.submission import write_submission
+    from engine.prediction.submission import csv_text, write_submission
 
     table = [["fname", "summary"], ["=1+1", "@SUM(A1)"], ["a", "-2"], ["b", "#Person1#은 간다."]]
     write_submission(table, tmp_path / "exact.csv")
-    write_submission(table, tmp_path / "quoted.csv", escape_formulas=True)
+    (tmp_path / "quoted.csv").write_text(csv_text(table, escape_formulas=True), encoding="utf-8")
     assert (tmp_path / "exact.csv").read_text().splitlines()[1:] == ["=1+1,@SUM(A1)", "a,-2", "b,#Person1#은 간다."]
     assert (tmp_path / "quoted.csv").read_text().splitlines()[1:] == ["'=1+1,'@SUM(A1)", "a,'-2", "b,#Person1#은 간다."]
 
