@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """This engine's training beside transformers' and TRL's trainers: the same model, rows, precision and batch size, in turns.
 
-    python tools/bench/train.py --shape bart|qwen3 --data DIALOGUES.csv --tokenizer FOLDER [--updates N] [--rounds N]
-                                [--ranks 1|2] [--output FILE.json]
+    python tools/bench/train.py --shape bart|qwen3 --data DIALOGUES.csv --tokenizer FOLDER [--source TOKENS]
+                                [--updates N] [--rounds N] [--ranks 1|2] [--output FILE.json]
 
 Models have random weights: `bart` is 3 + 3 layers of width 256 over 30,000 tokens; `qwen3` is 6 layers of width 512 over
 Qwen3's 151,936 tokens, on chat rows. Each contender trains in a process of its own, one after the other in each round; the
@@ -135,7 +135,7 @@ def recipe_of(options: argparse.Namespace, work: Path, batching: str) -> Any:
         tokenizer={"added_tokens": []},
         data={
             "train_file": str(options.data), "text_column": "dialogue", "summary_column": "summary", "batching": batching,
-            "max_source_length": 512, "max_target_length": 100,
+            "max_source_length": options.source, "max_target_length": 100,
         },
         prompt={"style": "chat" if options.shape == "qwen3" else "plain"},
         training={
@@ -302,7 +302,16 @@ def measured(options: argparse.Namespace, contender: str, model: Path) -> dict[s
         command += ["--rdzv-backend=c10d"]
         environment |= {"OMP_NUM_THREADS": "1"} | ({} if _device().type == "cuda" else {"ACCELERATE_USE_CPU": "true"})
     command += [__file__, "--shape", options.shape, "--data", str(options.data), "--updates", str(options.updates)]
-    command += ["--ranks", str(options.ranks), "--contender", contender, "--model", str(model)]
+    command += [
+        "--source",
+        str(options.source),
+        "--ranks",
+        str(options.ranks),
+        "--contender",
+        contender,
+        "--model",
+        str(model),
+    ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if done.returncode or not lines:
@@ -315,6 +324,7 @@ def main() -> int:
     parser.add_argument("--shape", choices=list(SHAPES), required=True)
     parser.add_argument("--data", type=Path, required=True, help="CSV with dialogue and summary columns")
     parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer whose ids the shape's vocabulary holds")
+    parser.add_argument("--source", type=int, default=512, help="most tokens of a dialogue")
     parser.add_argument("--updates", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--ranks", type=int, default=1)
@@ -344,7 +354,7 @@ def main() -> int:
     }
     packages = ["torch", "transformers", "accelerate", *([] if missing else ["trl"])]
     record = {
-        "shape": options.shape, "updates": options.updates, "rounds": options.rounds, "ranks": options.ranks,
+        "shape": options.shape, "source": options.source, "updates": options.updates, "rounds": options.rounds, "ranks": options.ranks,
         "device": str(_device()), "processors": os.cpu_count(), "medians": medians, "ratio_of_first": ratios,
         "versions": {name: version(name) for name in packages} | {"python": platform.python_version()},
         "all_rounds": rounds,
