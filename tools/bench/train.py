@@ -354,11 +354,18 @@ def main() -> int:
     }
     packages = ["torch", "transformers", "accelerate", *([] if missing else ["trl"])]
     record = {
-        "shape": options.shape, "source": options.source, "updates": options.updates, "rounds": options.rounds, "ranks": options.ranks,
-        "device": str(_device()), "processors": os.cpu_count(), "medians": medians, "ratio_of_first": ratios,
+        "shape": options.shape,
+        "source": options.source,
+        "updates": options.updates,
+        "rounds": options.rounds,
+        "ranks": options.ranks,
+        "device": str(_device()),
+        "processors": os.cpu_count(),
+        "medians": medians,
+        "ratio_of_first": ratios,
         "versions": {name: version(name) for name in packages} | {"python": platform.python_version()},
         "all_rounds": rounds,
-    }  # fmt: skip
+    }
     for name, value in medians.items():
         print(f"{name:20} " + "  ".join(f"{key} {number:.3f}" for key, number in value.items()))
     for name, value in ratios.items():
