@@ -89,7 +89,8 @@ def encoders_of(folders: Sequence[str], recipe: Recipe, named: bool) -> dict[str
     for folder in folders:
         tokenizer = tokenization.load_tokenizer(hub.resolve(folder, weights=False))
         tokenization.ensure_end_and_pad(tokenizer, folder)
-        found[Path(folder).name] = TextEncoder(tokenizer, "seq2seq", PromptSettings(), **endless)
+        name = Path(folder).name
+        found[folder if name in found else name] = TextEncoder(tokenizer, "seq2seq", PromptSettings(), **endless)
     return found
 
 

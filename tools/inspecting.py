@@ -26,8 +26,9 @@ NEAR = 0.25  # Jaccard similarity of letter triples; of 404,000 pairs of real di
 UNLIKE = 0.1  # of letter pairs; 99 % of pairs of summaries that belong to different real dialogues are below it
 SHORTEST, LEAST_KOREAN = 10, 0.25  # characters of a summary, and their share of Hangul: names may be in Latin letters
 # MinHash: 64 bands of 2 of 128 values make a candidate of 98 % of the pairs at NEAR and of 2 % at a tenth of it. What
-# the sketches then put below _SKETCHED (2.6 standard deviations under NEAR) is not looked at more closely.
-_VALUES, _BANDS, _SKETCHED = 128, (64, 2), 0.15
+# the sketches then put below _SKETCHED (2.6 standard deviations under NEAR) is not looked at more closely, nor are more
+# than the nearest few of a split: dialogues made from one frame would all be candidates of all others.
+_VALUES, _BANDS, _SKETCHED, _LOOKED_AT = 128, (64, 2), 0.15, 8
 _NAME = re.compile(r"#\w{1,20}#")
 _LOOSE = re.compile(r"[은는이가을를\W_]")
 _HANGUL = re.compile(r"[가-힣]")
@@ -64,6 +65,10 @@ class Finding(NamedTuple):
     texts: Sequence[Sequence[tuple[str, str]]] = ()
 
 
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}{'' if number == 1 else 's'}"
+
+
 # --- the same dialogue twice ------------------------------------------------------------------------------------------
 
 
@@ -85,23 +90,28 @@ def jaccard(a: set[str], b: set[str]) -> float:
     return common / (len(a) + len(b) - common)
 
 
+def _spaced(row: Row) -> str:
+    """The dialogue with single spaces; texts are composed already (NFC)."""
+    return " ".join(row.example.dialogue.split())
+
+
 def equal_groups(rows: Sequence[Row]) -> list[list[Row]]:
-    """Rows with the same dialogue, white space aside; texts are composed already (NFC). Groups over splits come first."""
+    """Rows with the same dialogue, white space aside. Groups over splits come first."""
     groups: defaultdict[str, list[Row]] = defaultdict(list)
     for row in rows:
-        groups[" ".join(row.example.dialogue.split())].append(row)
+        groups[_spaced(row)].append(row)
     several = [group for group in groups.values() if len(group) > 1]
     return sorted(several, key=lambda group: -len({row.split for row in group}))
 
 
 def near_pairs(rows: Sequence[Row]) -> list[Pair]:
-    """Dialogues that are alike but not equal, the most alike first: for each one the closest of every split.
+    """Dialogues that are alike but not equal, the most alike first: for each one the closest found in every split.
 
     Candidates come from MinHash and locality-sensitive hashing, their similarity from the texts.
     """
     datasketch = needed("datasketch", "inspect", "finding near-duplicates")
-    firsts = {" ".join(row.example.dialogue.split()): row for row in reversed(rows)}  # of equal ones, the first
-    rows = list(reversed(firsts.values()))
+    firsts = {(row.split, _spaced(row)): row for row in reversed(rows)}  # of equal ones in a split, the first
+    rows, spaced = list(reversed(firsts.values())), [text for _, text in reversed(firsts)]
     texts = [bare(row.example.dialogue) for row in rows]
     batches = ([piece.encode() for piece in pieces(text, 3)] for text in texts)
     index = datasketch.MinHashLSH(num_perm=_VALUES, params=_BANDS)
@@ -109,22 +119,27 @@ def near_pairs(rows: Sequence[Row]) -> list[Pair]:
     closest: dict[tuple[int, str], tuple[float, int]] = {}
     for number, sketch in enumerate(datasketch.MinHash.generator(batches, num_perm=_VALUES, hashfunc=zlib.crc32)):
         own = pieces(texts[number], 3)
-        for other in index.query(sketch):
-            similar = sketch.jaccard(sketches[other]) >= _SKETCHED and jaccard(own, pieces(texts[other], 3))
+        looked_at: Counter[str] = Counter()
+        found = [other for other in index.query(sketch) if spaced[other] != spaced[number]]
+        for estimate, other in sorted(((sketch.jaccard(sketches[it]), it) for it in found), reverse=True):
+            looked_at[rows[other].split] += 1
+            if estimate < _SKETCHED or looked_at[rows[other].split] > _LOOKED_AT:
+                continue
+            similar = jaccard(own, pieces(texts[other], 3))
             for one, two in ((number, other), (other, number)) if similar >= NEAR else ():
                 key = (one, rows[two].split)
                 closest[key] = max(closest.get(key, (0.0, 0)), (similar, two))
         index.insert(number, sketch)
         sketches.append(sketch)
-    found = {(min(one, two), max(one, two)): similar for (one, _), (similar, two) in closest.items()}
-    ordered = sorted(found.items(), key=lambda item: (-item[1], item[0]))
+    pairs = {(min(one, two), max(one, two)): similar for (one, _), (similar, two) in closest.items()}
+    ordered = sorted(pairs.items(), key=lambda item: (-item[1], item[0]))
     return [Pair(similar, rows[one], rows[two]) for (one, two), similar in ordered]
 
 
 def duplicates(groups: Sequence[Sequence[Row]]) -> Finding:
     rows = [[str(len(group)), " = ".join(row.place for row in group), group[0].example.dialogue] for group in groups]
     count = sum(len(group) - 1 for group in groups)
-    note = f"{count} rows repeat another one's dialogue (white space aside)."
+    note = f"{_count(count, 'row')} with the dialogue of an earlier one, white space aside."
     return Finding("Duplicates", note, ("rows", "where", "dialogue"), rows)
 
 
@@ -134,8 +149,8 @@ def near_duplicates(pairs: Sequence[Pair]) -> Finding:
     ]
     texts = [[(row.place, row.example.dialogue) for row in pair[1:]] for pair in pairs]
     note = (
-        f"{len(pairs)} pairs share a quarter or more of their letter triples, names, spaces and particles aside: near 1 "
-        "a copy, below mostly the same dialogue in other words."
+        f"{_count(len(pairs), 'pair')} with a quarter or more of the letter triples in common, names, spaces and particles "
+        "aside. Near 1: a copy; below: mostly the same dialogue in other words."
     )
     return Finding("Near-duplicates", note, ("alike", "row", "row", "dialogue"), rows, texts)
 
@@ -167,7 +182,7 @@ def contradictions(groups: Sequence[Sequence[Row]], pairs: Sequence[Pair]) -> Fi
         if jaccard(*(pieces(_LOOSE.sub("", _NAME.sub("", row.summary)), 2) for row in (first, second))) < UNLIKE:
             rows.append([first.place, second.place, f"{first.summary} ↔ {second.summary}"])
             texts.append([(row.place, f"{row.summary}\n\n{row.example.dialogue}") for row in (first, second)])
-    note = f"{len(rows)} pairs of equal or nearly equal dialogues have summaries with next to nothing in common: read which one is right."
+    note = f"{_count(len(rows), 'pair')} of equal or nearly equal dialogues whose summaries have next to nothing in common."
     return Finding("Contradicting summaries", note, ("row", "row", "summaries"), rows, texts)
 
 
@@ -206,7 +221,7 @@ def _ends(summary: str) -> bool:
 def doubtful(rows: Sequence[Row]) -> Finding:
     found = [(reason, row) for row in rows if row.summary and (reason := doubt(row.example))]
     counts = Counter("short" if reason[0].isdigit() else reason for reason, _ in found)
-    note = f"{len(found)} summaries" + "".join(f"; {count} {reason}" for reason, count in counts.most_common()) + "."
+    note = "".join(f"{count} {reason}, " for reason, count in counts.most_common()).removesuffix(", ") or "None."
     return Finding(
         "Doubtful summaries",
         note,
@@ -238,7 +253,7 @@ def placeholders(rows: Sequence[Row]) -> Iterator[Finding]:
     ]
     head = ("", "in dialogue", "in summary", "not in summary", "only in summary")
     yield Finding("Placeholders", "Rows with a summary, by what they name.", head, table)
-    note = f"{len(strangers)} summaries name somebody whom their dialogue does not."
+    note = f"{_count(len(strangers), 'row')} whose summary names somebody whom the dialogue does not."
     yield Finding("Strangers in summaries", note, ("row", "who", "summary"), strangers)
 
 

@@ -135,9 +135,9 @@ def test_everything_that_is_wrong_is_named(files, capsys):
     printed = capsys.readouterr().out
     found = {title: "\n".join(lines) for title, lines in sections(printed).items()}
     assert re.search(r"train +7 +7\ntest +3 +0", found["Rows"])
-    assert "train a = train b = test t1" in found["Duplicates"] and "2 rows repeat" in found["Duplicates"]
+    assert "train a = train b = test t1" in found["Duplicates"] and "2 rows with" in found["Duplicates"]
     assert re.search(r"test in train +1 +0", found["Between splits"])
-    assert re.search(r"1\.00 +test t2 +test t3", found["Near-duplicates"]) and "1 pairs" in found["Near-duplicates"]
+    assert re.search(r"1\.00 +test t2 +test t3", found["Near-duplicates"]) and "1 pair with" in found["Near-duplicates"]
     assert re.search(r"train a +train b", found["Contradicting summaries"])
     reasons = "no Korean|\\d characters|the dialogue's first line|breaks off"
     doubts = dict(re.findall(rf"^train (\w) +({reasons})", found["Doubtful summaries"], re.MULTILINE))
