@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # so that it also runs without the package installed
 
-from engine.errors import EngineError, printable  # noqa: E402
+from engine.errors import printable  # noqa: E402
 
 if TYPE_CHECKING:
     from comparing import Run, Score
 
-TEMPLATE = Path(__file__).with_name("compare.html.j2")
+TEMPLATE = "compare.html.j2"
 MOST_SHOWN = 2000  # dialogues on a page; a browser holds these with ease
 _WIDEST = 32  # columns of a recipe's value in the terminal
 
@@ -86,12 +86,12 @@ def p_value(score: Score) -> str:
     return "" if score.gain is None else "< 0.001" if score.gain.p < 0.001 else f"{score.gain.p:.3f}"
 
 
-def cut(text: str) -> str:
+def cut(text: str, widest: int = _WIDEST) -> str:
     from engine.runtime.console import columns_of
 
-    if columns_of(text) <= _WIDEST:
+    if columns_of(text) <= widest:
         return text
-    while columns_of(text) >= _WIDEST:
+    while columns_of(text) >= widest:
         text = text[:-1]
     return text + "…"
 
@@ -101,14 +101,9 @@ def cut(text: str) -> str:
 
 def page(runs: Sequence[Run], scores: Sequence[dict[str, Score]], split: str) -> str:
     """One HTML file with everything in it. Raises: EngineError E2.78 where Jinja2 or Plotly is not installed."""
-    try:
-        import jinja2
-        from plotly.offline import get_plotlyjs
-    except ImportError as error:
-        next = "pip install -c constraints.txt -e '.[compare]'"
-        raise EngineError(
-            "E2.78", f"the page needs {error.name}", "--html", next, safe="nothing was written"
-        ) from error
+    import pages
+
+    plotly = pages.needed("plotly.offline", "compare")
     import comparing
 
     from engine.scoring.rouge import tokenizer_id
@@ -118,14 +113,9 @@ def page(runs: Sequence[Run], scores: Sequence[dict[str, Score]], split: str) ->
     keys = comparing.sort_keys(runs)
     dialogues = comparing.dialogues_of(runs, topics)
     shown = sorted(range(len(dialogues)), key=lambda i: -dialogues[i].disagreement)[:MOST_SHOWN]
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATE.parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template(TEMPLATE.name).render(
+    return pages.fill(
+        TEMPLATE,
+        "compare",
         runs=runs,
         scores=scores,
         best=comparing.best_of(scores),
@@ -139,7 +129,7 @@ def page(runs: Sequence[Run], scores: Sequence[dict[str, Score]], split: str) ->
         total=len(dialogues),
         sort_keys=[(name, title) for name, title, _ in keys],
         sort_values=[{name: round(value(dialogues[i]), 4) for name, _, value in keys} for i in sorted(shown)],
-        plotly=get_plotlyjs().replace("</script", "<\\/script"),
+        plotly=plotly.get_plotlyjs().replace("</script", "<\\/script"),
         **{"span": span, "gain": gain, "p_value": p_value},
     )
 
@@ -206,14 +196,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     scores = scores_of(runs)
     print("\n".join(summary(runs, scores, options.split)))
     if options.html is not None:
-        from engine.runtime.atomic import storage_error, write_text_atomically
+        import pages
 
-        text = page(runs, scores, options.split)
-        try:
-            write_text_atomically(options.html, text, durable=False)
-        except OSError as error:
-            raise storage_error(error, options.html, "writing the page", "the runs are untouched", "") from error
-        print(f"\npage: {options.html}")
+        pages.write(options.html, page(runs, scores, options.split), "the runs are untouched")
     return 0
 
 
