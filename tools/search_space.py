@@ -59,7 +59,7 @@ def parse_axis(text: str) -> Axis:
         if ends[0] < ends[1]:
             return Axis(key, (), *ends)
         why = "a range goes from the lower to the higher number"
-    elif _SAME_FOR_ALL.fullmatch(key):
+    elif len(choices) > 1 and _SAME_FOR_ALL.fullmatch(key):
         why = "is the same for all trials of a sweep, or their scores would not compare"
     elif not key or "" in choices:
         why = "write key=value,value or key=low..high"

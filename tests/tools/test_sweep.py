@@ -79,7 +79,7 @@ def recipe(tmp_path):
         (["--set", "training.warmup_ratio=0.1..0.5", "--search", "grid"], "a range has no grid"),
         (["--set", RATES, "--search", "random"], "needs a number of trials"),
         (["--set", "training.learning_rate=1e-3"], "several values"),
-        (["--set", RATES, "experiment.output_dir=x"], "a folder of its own"),
+        (["experiment.output_dir=x", "--set", RATES], "a folder of its own"),
         (["--set", RATES, "evaluation.strategy=no"], "evaluates none"),
         (["--set", RATES, "--metric", "bleu"], "evaluation.metric must be"),
     ],
