@@ -18,6 +18,7 @@ from search_space import Axis, parse_axis
 
 from engine.errors import EngineError
 from engine.recipe.load import load_recipe
+from engine.runtime.run_status import read_status
 
 optuna = pytest.importorskip("optuna")
 RATES = "training.learning_rate=1e-3,3e-3"
@@ -125,7 +126,7 @@ def start(recipe: Path, folder: Path, *arguments: str) -> subprocess.Popen:
 
 
 def ended(process: subprocess.Popen, code: int = 0) -> str:
-    printed = process.communicate(timeout=240)[0]
+    printed = process.communicate(timeout=600)[0]
     assert process.returncode == code, printed
     return printed
 
@@ -138,7 +139,7 @@ def table(folder: Path) -> list[dict[str, str]]:
 @pytest.mark.slow
 def test_a_killed_sweep_goes_on_to_the_same_table(recipe, tmp_path):
     """SIGKILL in the second trial, which ends with its sweep. Beside it, and sharing results.csv, runs the one left alone."""
-    arguments = ("--set", RATES, "training.num_train_epochs=4")
+    arguments = ("--set", RATES, "training.num_train_epochs=2")
     whole = start(recipe, tmp_path / "whole", *arguments)
     killed = start(recipe, tmp_path / "killed", *arguments)
     running = tmp_path / "killed" / "trial-001" / "metrics.jsonl"
@@ -208,3 +209,21 @@ def test_folders_and_studies_of_something_else_are_refused(recipe, tmp_path):
     (tmp_path / "study.db").write_text("no database, and longer than its header would be" * 20, encoding="utf-8")
     with pytest.raises(EngineError, match=r"E6\.9.*cannot be read"):
         sweep.main(arguments)
+
+
+@pytest.mark.slow
+def test_a_trial_saves_and_stops_when_its_sweep_is_killed(tmp_path):
+    """No orphan goes on computing: it ends as by SIGTERM, long before its 10,000 epochs."""
+    forever = {"training__num_train_epochs": 10_000, "training__logging_steps": 1}
+    recipe = runs.write_recipe(tmp_path, checkpoint__strategy="no", **forever)
+    killed = start(recipe, tmp_path / "sweep", "--set", RATES, "evaluation.steps=100000", "evaluation.strategy=steps")
+    run = tmp_path / "sweep" / "trial-000"
+    while not (run / "metrics.jsonl").is_file():
+        assert killed.poll() is None, killed.communicate()[0]
+        time.sleep(0.1)
+    killed.kill()
+    killed.communicate()
+    end = time.monotonic() + 120
+    while (status := read_status(run))["code"] is None and time.monotonic() < end:
+        time.sleep(0.1)
+    assert status["code"] == 75 and status["resumable"] and "SIGTERM" in status["reason"]
