@@ -66,16 +66,12 @@ def name_of(number: int) -> str:
 
 def ranked(rows: Sequence[dict[str, Any]], metric: str) -> list[dict[str, Any]]:
     """Best first; of equal ones the earlier. Then the pruned, then the failed."""
-    from engine.training.evaluation import LOWER_IS_BETTER
-
     sign = 1 if metric in LOWER_IS_BETTER else -1
     order = list(_STATES.values())
     return sorted(rows, key=lambda row: (order.index(row["status"]), sign * (row[metric] or 0)))
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    from engine.runtime.atomic import write_text_atomically
-
     text = io.StringIO()
     writer = csv.DictWriter(text, rows[0], lineterminator="\n", restval="")
     writer.writeheader()
@@ -191,6 +187,7 @@ class Sweep(AbstractContextManager):
             except KeyboardInterrupt:  # the trials have heard it too
                 todo.clear()
                 raise Stopped(f"stopped by SIGINT; {_GOES_ON}", saved=True) from None
+        self._write_table()
 
     def _work(self, todo: deque[int], gpu: str | None) -> None:
         optuna = _optuna()
@@ -202,8 +199,7 @@ class Sweep(AbstractContextManager):
                 except BaseException:
                     todo.clear()  # the other workers end with the trials that they have begun
                     raise
-                with self._turn:
-                    write_csv(self.folder / "trials.csv", self.rows())
+                self._write_table()
 
     def _trial(self, trial: optuna.Trial, gpu: str | None) -> float:
         """Train one trial, and tell Optuna each of its evaluations. Returns the score of its best checkpoint."""
@@ -219,6 +215,10 @@ class Sweep(AbstractContextManager):
         trial.set_user_attr("step", step)
         self._tell(f"{name} done: {self.metric} {value:.4f} at step {step}")
         return value
+
+    def _write_table(self) -> None:
+        with self._turn:
+            write_csv(self.folder / "trials.csv", self.rows())
 
     def _tell(self, line: str) -> None:
         with self._turn:
