@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 
     from engine.recipe.schema import Recipe
 
+ENDS_WITH_PARENT = (
+    "ENGINE_ENDS_WITH_PARENT"  # in the environment of a run: stop when the process that started it is gone
+)
+
 log = logging.getLogger("engine")
 
 
@@ -262,4 +266,4 @@ def _refuse_unsafe_environment() -> None:
 
 def _launched() -> bool:
     """Whether the parent process is a launcher, with which this one should end."""
-    return "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+    return any(name in os.environ for name in ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION", ENDS_WITH_PARENT))
