@@ -131,6 +131,14 @@ def ended(process: subprocess.Popen, code: int = 0) -> str:
     return printed
 
 
+def until_updated(run: Path, process: subprocess.Popen) -> None:
+    """Wait for the first logged update of a trial."""
+    metrics = run / "metrics.jsonl"
+    while not (metrics.is_file() and metrics.stat().st_size):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+
+
 def table(folder: Path) -> list[dict[str, str]]:
     with (folder / "trials.csv").open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
@@ -142,10 +150,7 @@ def test_a_killed_sweep_goes_on_to_the_same_table(recipe, tmp_path):
     arguments = ("--set", RATES, "training.num_train_epochs=2")
     whole = start(recipe, tmp_path / "whole", *arguments)
     killed = start(recipe, tmp_path / "killed", *arguments)
-    running = tmp_path / "killed" / "trial-001" / "metrics.jsonl"
-    while not (running.is_file() and running.stat().st_size):
-        assert killed.poll() is None, killed.communicate()[0]
-        time.sleep(0.02)
+    until_updated(tmp_path / "killed" / "trial-001", killed)
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
     assert len(table(tmp_path / "killed")) == 1
@@ -218,9 +223,7 @@ def test_a_trial_saves_and_stops_when_its_sweep_is_killed(tmp_path):
     recipe = runs.write_recipe(tmp_path, checkpoint__strategy="no", **forever)
     killed = start(recipe, tmp_path / "sweep", "--set", RATES, "evaluation.steps=100000", "evaluation.strategy=steps")
     run = tmp_path / "sweep" / "trial-000"
-    while not (run / "metrics.jsonl").is_file():
-        assert killed.poll() is None, killed.communicate()[0]
-        time.sleep(0.1)
+    until_updated(run, killed)
     killed.kill()
     killed.communicate()
     end = time.monotonic() + 120
