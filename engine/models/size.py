@@ -55,8 +55,10 @@ def by_layers(config: PreTrainedConfig, measure: Callable[[PreTrainedConfig], in
         shallow = copy.deepcopy(config)
         for key, count in zip(keys, layers, strict=True):
             setattr(shallow, key, count)
-        if getattr(shallow, "layer_types", None):  # one entry per layer
-            shallow.layer_types = shallow.layer_types[: layers[-1]]
+        before, after = (getattr(one, "num_hidden_layers", None) for one in (config, shallow))
+        for name, value in list(vars(shallow).items()):  # one entry per layer: layer types, LED's windows
+            if isinstance(value, list) and len(value) == before:
+                setattr(shallow, name, (value * after)[:after])
         return measure(shallow)
 
     base = measured(*[1] * len(keys))

@@ -11,6 +11,7 @@ from torch import nn
 from engine.errors import EngineError
 from engine.models import sharding
 from engine.recipe.rules import sharding_obstacles
+from engine.runtime.faults import first_line
 from engine.training import memory
 
 if TYPE_CHECKING:
@@ -32,14 +33,22 @@ def sharded(recipe: Recipe, runtime: Runtime) -> bool:
         return True
     if any(True for _ in sharding_obstacles(recipe)):
         return False
-    with runtime.ranks.together("estimating memory"):
-        estimate = memory.estimate(
-            recipe, precision=runtime.precision, device=runtime.device, world_size=runtime.world_size
-        )
-    tight = runtime.ranks.any_rank(memory.exceeds(estimate, runtime.device))
+    tight = runtime.ranks.any_rank(_exceeds(recipe, runtime))
     if tight:
         log.info("distributed.strategy auto: a copy of the model would not fit on each device, so it is sharded")
     return tight
+
+
+def _exceeds(recipe: Recipe, runtime: Runtime) -> bool:
+    """Whether a whole copy is too much for this rank's device; no, where that cannot be known."""
+    try:
+        estimate = memory.estimate(
+            recipe, precision=runtime.precision, device=runtime.device, world_size=runtime.world_size
+        )
+    except Exception as error:  # of a folder that building will refuse in better words, or a class of its own kind
+        log.debug("distributed.strategy auto: no memory estimate (%s), so each rank gets a copy", first_line(error))
+        return False
+    return memory.exceeds(estimate, runtime.device)
 
 
 def building_place(runtime: Runtime, *, sharded: bool) -> torch.device:

@@ -146,6 +146,14 @@ def test_auto_never_shards_what_cannot_be(tmp_path, monkeypatch):
     assert distribution.sharded(loaded, runtime(2)) is False
 
 
+def test_auto_goes_on_where_memory_cannot_be_estimated(tmp_path, monkeypatch):
+    def fails(*arguments, **settings):
+        raise KeyError("a configuration like no other")
+
+    monkeypatch.setattr(distribution.memory, "estimate", fails)
+    assert distribution.sharded(load_recipe(runs.write_recipe(tmp_path)), runtime(2)) is False
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [

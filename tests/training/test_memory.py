@@ -142,6 +142,15 @@ def test_distributed_ranks_hold_gradient_buckets(tmp_path):
     assert estimate["gradient_buckets"] == estimate["gradients"]
 
 
+def test_lists_with_an_entry_per_layer_are_as_long_as_the_layers():
+    """LED's attention windows: a model of one layer was refused a configuration for two."""
+    from transformers import LEDConfig
+
+    sizes = {"d_model": 32, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "vocab_size": 400}
+    sizes |= {"encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "encoder_layers": 2, "decoder_layers": 2}
+    size.check_weights_fit(LEDConfig(**sizes, attention_window=[16, 32]), CPU)
+
+
 def test_sharded_ranks_hold_their_part(tmp_path):
     settings = recipe(tiny.save("llama", tmp_path, num_hidden_layers=12))
     whole = memory.estimate(settings, precision="fp32", world_size=4)
