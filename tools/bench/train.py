@@ -176,12 +176,9 @@ def run_ours(options: argparse.Namespace, work: Path, meter: Meter) -> None:
             raise
 
 
-def run_trainer(options: argparse.Namespace, work: Path, meter: Meter) -> None:
-    import torch
-    from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainerCallback, TrainingArguments
-
-    bundle, features = prepared(options, work)
-    seq2seq = bundle.family == "seq2seq"
+def laps_of(meter: Meter) -> Any:
+    """A callback that lets transformers' trainers mark their updates."""
+    from transformers import TrainerCallback
 
     class Laps(TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:
@@ -190,6 +187,16 @@ def run_trainer(options: argparse.Namespace, work: Path, meter: Meter) -> None:
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             meter.lap()
+
+    return Laps()
+
+
+def run_trainer(options: argparse.Namespace, work: Path, meter: Meter) -> None:
+    import torch
+    from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
+
+    bundle, features = prepared(options, work)
+    seq2seq = bundle.family == "seq2seq"
 
     def collate(rows: list[Feature]) -> dict[str, Tensor]:
         batch = bundle.collate(rows)
@@ -203,14 +210,14 @@ def run_trainer(options: argparse.Namespace, work: Path, meter: Meter) -> None:
         args=(Seq2SeqTrainingArguments if seq2seq else TrainingArguments)(**arguments_of(options, work)),
         train_dataset=features,
         data_collator=collate,
-        callbacks=[Laps()],
+        callbacks=[laps_of(meter)],
     )
     trainer.train()
 
 
 def run_trl(options: argparse.Namespace, work: Path, meter: Meter) -> None:
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
     bundle, features = prepared(options, work)
@@ -221,20 +228,12 @@ def run_trl(options: argparse.Namespace, work: Path, meter: Meter) -> None:
     }
     del bundle
 
-    class Laps(TrainerCallback):
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            if not meter.since:
-                meter.start()
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            meter.lap()
-
     trainer = SFTTrainer(
         model=AutoModelForCausalLM.from_pretrained(work / "model", dtype="float32"),
         args=SFTConfig(**arguments_of(options, work), completion_only_loss=True, max_length=None),
         train_dataset=Dataset.from_dict(rows),
         processing_class=AutoTokenizer.from_pretrained(work / "model"),
-        callbacks=[Laps()],
+        callbacks=[laps_of(meter)],
     )
     inner = trainer.data_collator
 
