@@ -65,25 +65,35 @@ def summed_cross_entropy(model: nn.Module, batch: Mapping[str, Tensor], *, label
             kept = hidden[:1]  # one position, so that the model's own code has something to go on with
         return (kept[:, None] if streams else kept,)  # (N, 1, D), of which that model takes stream 0
 
-    with _narrowed(head, narrow):
+    def cut(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        return (
+            output_head.tied(output.detach(), to=caught[0]) if caught else None
+        )  # that position adds nothing to the loss
+
+    with _hooked(head, narrow, cut):
         logits = model(**inputs, use_cache=False).logits  # (1, V), or (N, V) of a head that is not known
     if not caught:
         return F.cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=label_smoothing)
     hidden, loss = caught
     if not output_head.confirm(plain, head, hidden[:1], logits):
         return summed_cross_entropy(model, batch, label_smoothing=label_smoothing)  # once, now on whole logits
-    return loss
+    # DistributedDataParallel waits for every weight behind the model's outputs, such as an encoder's whose decoder has
+    # dropped all its layers; it hears of them through the outputs.
+    return output_head.tied(loss, to=logits)
 
 
 @contextmanager
-def _narrowed(head: nn.Module, narrow: Callable[..., tuple[Tensor]]) -> Iterator[None]:
-    """While open, `narrow` stands before the LM head, inside the forward pass of whatever is wrapped around the model.
+def _hooked(
+    head: nn.Module, before: Callable[..., tuple[Tensor]], after: Callable[..., Tensor | None]
+) -> Iterator[None]:
+    """While open, these two stand around the LM head, inside the forward pass of whatever is wrapped around the model.
 
     There the head's weights are whole and wrappers count them as used: a hook works for every model class, with PEFT,
     DistributedDataParallel, sharding and autocast around it.
     """
-    handle = head.register_forward_pre_hook(narrow)
+    handles = head.register_forward_pre_hook(before), head.register_forward_hook(after)
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()

@@ -107,6 +107,11 @@ def cross_entropy(hidden: Tensor, targets: Tensor, model: nn.Module, head: nn.Mo
     return _InPieces.apply(hidden, head.weight, bias, targets, form, label_smoothing, dtype)
 
 
+def tied(value: Tensor, *, to: Tensor) -> Tensor:
+    """`value` unchanged, with `to` before it in the graph: a backward pass through it gives `to` a gradient of zeros."""
+    return _Tied.apply(value, to)
+
+
 def piece_rows(vocabulary: int) -> int:
     """Positions of one piece."""
     return max(1, PIECE // vocabulary)
@@ -122,6 +127,18 @@ def _recomputed(hidden: Tensor, targets: Tensor, head: nn.Module, form: HeadForm
     rows = piece_rows(head.weight.shape[0])
     pieces = zip(hidden.split(rows), targets.split(rows), strict=True)
     return torch.stack([checkpoint(piece_loss, *piece, use_reentrant=False) for piece in pieces]).sum()
+
+
+class _Tied(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, to: Tensor) -> Tensor:
+        ctx.like = to.shape, to.dtype
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        shape, dtype = ctx.like
+        return gradient, gradient.new_zeros(shape, dtype=dtype)
 
 
 class _InPieces(torch.autograd.Function):

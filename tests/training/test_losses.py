@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
+import torch.distributed as dist
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 from engine.data.collate import IGNORE_INDEX
@@ -57,7 +59,7 @@ def test_of_several_streams_the_one_that_decoding_reads_is_trained():
 def test_head_is_left_as_found():
     model, batch = tiny.model("qwen3"), tiny.causal_batch()
     summed_cross_entropy(model, batch)
-    assert not model.lm_head._forward_pre_hooks
+    assert not model.lm_head._forward_pre_hooks and not model.lm_head._forward_hooks
     assert model(input_ids=batch["input_ids"]).logits.shape[:2] == batch["input_ids"].shape
 
 
@@ -66,7 +68,7 @@ def test_hook_is_removed_after_an_error():
     batch["attention_mask"] = "not a tensor"
     with pytest.raises((AttributeError, TypeError)):
         summed_cross_entropy(model, batch)
-    assert not model.lm_head._forward_pre_hooks
+    assert not model.lm_head._forward_pre_hooks and not model.lm_head._forward_hooks
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -78,6 +80,19 @@ def test_nothing_supervised_adds_zero_and_reaches_every_parameter(family):
     loss.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and not parameter.grad.any(), name
+
+
+def test_ranks_that_drop_all_layers_of_a_decoder_still_hear_of_its_encoder(tmp_path):
+    """DistributedDataParallel waits for the encoder, which stands behind the outputs though not behind the loss."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        model, batch = tiny.model("bart").train(), tiny.batch_for("bart")
+        model.model.decoder.layerdrop = 1.0
+        wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+        for _ in range(2):  # what was not heard of in one pass is an error in the next
+            summed_cross_entropy(wrapped, batch).backward()
+    finally:
+        dist.destroy_process_group()
 
 
 def test_causal_shift_counts_what_it_trains():
