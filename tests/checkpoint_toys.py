@@ -70,7 +70,7 @@ def damage(path: Path, how: str) -> None:
     if how == "gone":
         path.unlink()
     elif how == "flip":
-        at = random.Random(str(path)).randrange(len(data))
+        at = random.Random(path.name).randrange(len(data))
         path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
     else:
         path.write_bytes(data[: int(len(data) * float(how))])

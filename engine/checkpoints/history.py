@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.checkpoints.manifest import DamagedError, verify
+from engine.checkpoints.manifest import DamagedError, read_manifest, verify
 from engine.errors import EngineError
 from engine.runtime.atomic import reached, read_json, remove_partials, write_json_atomically
 from engine.runtime.faults import blaming
@@ -51,16 +51,16 @@ class History:
         return self.run_id
 
     def _known_run_id(self) -> str | None:
-        """The run that this folder belongs to: what the last pointer says, else the newest readable manifest."""
-        pointers = [self.run_dir / "last.json", self.run_dir / "best.json"]
-        for source in [*pointers, *(folder / MANIFEST for folder in self.entries())]:
+        """The run that this folder belongs to: what a pointer says, else the newest whole manifest."""
+        for pointer in (self.run_dir / "last.json", self.run_dir / "best.json"):
             try:
-                run_id = read_json(source)["run_id"]
+                run_id = read_json(pointer)["run_id"]
             except _UNREADABLE:
                 continue
             if isinstance(run_id, str) and _RUN_ID.fullmatch(run_id):
                 return run_id
-        return None
+        owners = (self._owner(folder) for folder in self.entries())
+        return next((owner for owner in owners if owner and _RUN_ID.fullmatch(owner)), None)
 
     # What is there
 
@@ -82,13 +82,12 @@ class History:
         return self._owner(folder) == self.run_id
 
     def _owner(self, folder: Path) -> str | None:
-        """Run id in the manifest of a real folder; None where there is none."""
+        """Run id in the whole manifest of a real folder; None where there is none: a damaged one names no owner."""
+        if folder.is_symlink():
+            return None
         try:
-            if folder.is_symlink():
-                return None
-            manifest = read_json(folder / MANIFEST)
-            return manifest["run_id"] if f"checkpoint-{manifest['step']}" == folder.name else None
-        except _UNREADABLE:
+            return read_manifest(folder)["run_id"]
+        except (DamagedError, EngineError):
             return None
 
     # Pointers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import random
 import shutil
@@ -40,6 +41,23 @@ def test_any_damaged_file_is_found(tmp_path, how, caplog):
         assert again.wait(), "step 2 comes again, in a fresh folder"
         checkpoints_manifest.verify(run / "checkpoint-2")
         assert sum(entry.startswith(".bad-checkpoint-2") for entry in names(run)) == 1
+
+
+def test_a_damaged_manifest_names_no_owner(tmp_path):
+    """One flipped bit in its run id makes nobody else's checkpoint of it: auto goes back to the one before."""
+    store = open_store(tmp_path)
+    save(store, 1)
+    save(store, 2)
+    run_id = json.loads((tmp_path / "last.json").read_text())["run_id"]
+    path = tmp_path / "checkpoint-2" / "manifest.json"
+    path.write_text(path.read_text().replace(run_id, ("0" if run_id[0] != "0" else "1") + run_id[1:]))
+    for pointer in ("last.json", "best.json"):
+        assert open_store(tmp_path).find_resume("auto") == tmp_path / "checkpoint-1"
+        (tmp_path / pointer).unlink(missing_ok=True)
+    again = open_store(tmp_path)
+    assert again.find_resume("auto") == tmp_path / "checkpoint-1"
+    again.load_state(tmp_path / "checkpoint-1")
+    assert sum(entry.startswith(".bad-checkpoint-2") for entry in names(tmp_path)) == 1
 
 
 def test_twenty_flipped_bits_in_tensors(tmp_path):
