@@ -64,8 +64,8 @@ def train_step(
     """
     import torch
 
+    from engine.loss.cross_entropy import summed_cross_entropy
     from engine.models.sharding import full
-    from engine.training.losses import summed_cross_entropy
     from engine.training.nonfinite import check_finite
     from engine.training.state import Update
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from engine.loss.cross_entropy import summed_cross_entropy
 from engine.models import adapters
 from engine.models.build import build_model
 from engine.recipe.schema import Recipe
-from engine.training.losses import summed_cross_entropy
 
 CPU = torch.device("cpu")
 WIDE = {"hidden_size": 64, "intermediate_size": 160, "head_dim": 16}  # whole blocks for 4-bit weights

@@ -15,8 +15,8 @@ os.environ.update(
     WANDB_SILENT="true",
     TRANSFORMERS_VERBOSITY="error",
 )
-os.environ.setdefault("OMP_NUM_THREADS", "2")
-os.environ.setdefault("MKL_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
+os.environ.setdefault("MKL_NUM_THREADS", os.environ["OMP_NUM_THREADS"])
 
 import random
 
@@ -57,6 +57,14 @@ def trained(tmp_path_factory):
     )
     results = runs.train(recipe)
     return folder, results
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Half characters that a test logs on purpose cannot be sent from a worker of pytest-xdist: they go escaped."""
+    report = yield
+    report.sections = [(name, text.encode("utf-8", "backslashreplace").decode()) for name, text in report.sections]
+    return report
 
 
 @pytest.fixture(autouse=True)

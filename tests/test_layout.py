@@ -15,9 +15,9 @@ ROOT = Path(__file__).resolve().parent.parent
 MODULES = sorted((ROOT / "engine").rglob("*.py"))
 ENTRIES = {"engine.train", "engine.predict"}  # scripts; rooms do not import them
 # Plain arguments only: no files, no recipe, no Accelerate. A folder counts with all its rooms.
-PURE = ("generation", "scoring", "data/prompts.py", "data/windows.py", "training/losses.py")
+PURE = ("generation", "scoring", "data/prompts.py", "data/windows.py", "loss")
 # Packages, lowest first: a room imports from its own package and from those before it, never from one after it.
-FLOORS = "recipe runtime data scoring reporting generation checkpoints models prediction training".split()
+FLOORS = "recipe runtime data scoring reporting generation loss checkpoints models prediction training".split()
 HEAVY = {"torch", "transformers", "accelerate", "peft", "bitsandbytes", "pandas", "pydantic", "numpy"}
 
 

@@ -12,10 +12,10 @@ import torch
 
 from engine.data.collate import IGNORE_INDEX
 from engine.errors import EngineError
+from engine.loss.cross_entropy import supervised_tokens
 from engine.recipe.schema import Training
 from engine.train import train_step
 from engine.training import optim
-from engine.training.losses import supervised_tokens
 from engine.training.state import Update, Window
 
 

@@ -72,7 +72,7 @@ class Plan:
 
 SITES = (
     ("engine.training.job", "Job.load_window"),
-    ("engine.training.losses", "summed_cross_entropy"),
+    ("engine.loss.cross_entropy", "summed_cross_entropy"),
     ("engine.training.evaluation", "evaluate"),
     ("engine.checkpoints.store", "CheckpointStore._write_rank_files"),
 )

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from engine.errors import EngineError
+from engine.loss.cross_entropy import summed_cross_entropy
 from engine.runtime.exits import classify
-from engine.training.losses import summed_cross_entropy
 
 if TYPE_CHECKING:
     from engine.data.encode import Feature

@@ -12,12 +12,12 @@ import torch
 
 from engine.errors import EngineError
 from engine.generation.modelstate import evaluation_mode
+from engine.loss.cross_entropy import summed_cross_entropy, supervised_tokens
 from engine.models import sharding
 from engine.prediction.summarizer import gather_summaries
 from engine.reporting.tracking import rows_sha256
 from engine.scoring import endings, rouge
 from engine.scoring.alike import alike
-from engine.training.losses import summed_cross_entropy, supervised_tokens
 
 if TYPE_CHECKING:
     from engine.data.encode import Feature, TextEncoder

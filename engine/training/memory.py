@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from engine import families
 from engine.data import vocabulary
+from engine.loss import output_head
 from engine.models import adapters, configuration, hub, sharding, tokenization, weights
 from engine.models.size import by_layers, check_depth, device_bytes, size_text
-from engine.training import output_head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

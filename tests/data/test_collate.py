@@ -59,7 +59,7 @@ def test_batches_refuse_nothing_and_mixtures():
 
 def test_the_loss_of_the_labels_is_transformers_own():
     """Shift, start token and masks as the models themselves do them."""
-    from engine.training.losses import summed_cross_entropy, supervised_tokens
+    from engine.loss.cross_entropy import summed_cross_entropy, supervised_tokens
 
     for family in ("bart", "llama"):
         made, model = encoder(family), tiny.model(family, len(tiny.tokenizer(family)))

@@ -13,13 +13,13 @@ from adapted import CPU, IDS, WIDE, batch_of, build, logits, train
 from generation_toys import each, one_thread  # noqa: F401
 
 from engine.errors import EngineError
+from engine.loss.cross_entropy import summed_cross_entropy
 from engine.models import adapters
 from engine.models import weights as models_weights
 from engine.models.build import build_model
 from engine.models.bundle import save_model
 from engine.models.load import load_trained
 from engine.recipe.schema import Lora, Quantization, Recipe
-from engine.training.losses import summed_cross_entropy
 
 
 def frozen_state(model):

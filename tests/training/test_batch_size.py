@@ -8,7 +8,8 @@ import torch
 import yaml
 
 from engine.errors import EngineError
-from engine.training import batch_size, losses
+from engine.loss import cross_entropy
+from engine.training import batch_size
 
 pytestmark = pytest.mark.slow
 
@@ -18,7 +19,7 @@ def memory_for(monkeypatch):
     """Pretend that micro-batches of more than so many rows do not fit."""
 
     def limit(rows: int) -> None:
-        plain = losses.summed_cross_entropy
+        plain = cross_entropy.summed_cross_entropy
 
         def tight(model, batch, **options):
             if batch["labels"].shape[0] > rows:

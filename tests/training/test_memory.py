@@ -15,11 +15,11 @@ import torch
 from generation_toys import one_thread  # noqa: F401
 
 from engine.errors import EngineError
+from engine.loss.cross_entropy import summed_cross_entropy
 from engine.models import adapters, build, size
 from engine.recipe.load import load_recipe
 from engine.recipe.schema import Recipe
 from engine.training import memory, optim
-from engine.training.losses import summed_cross_entropy
 
 pytestmark = pytest.mark.slow
 

@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 from engine.data import encode
 from engine.data import rows as data_rows
+from engine.loss.cross_entropy import aligned_labels
 from engine.models import build
 from engine.recipe.load import load_recipe
-from engine.training.losses import aligned_labels
 
 pytestmark = pytest.mark.slow
 

@@ -194,9 +194,9 @@ def updates(
     """Seconds of each update, as the training loop makes it: summed loss, backward, clip, step."""
     import torch
 
+    from engine.loss.cross_entropy import summed_cross_entropy
     from engine.models import adapters
     from engine.training import optim
-    from engine.training.losses import summed_cross_entropy
 
     training = recipe.training
     optimizer = optim.build_optimizer(optim.parameter_groups(model, training.weight_decay), training, device)

@@ -69,7 +69,7 @@ def plain(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 
 def ours(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    from engine.training.losses import summed_cross_entropy, supervised_tokens
+    from engine.loss.cross_entropy import summed_cross_entropy, supervised_tokens
 
     return summed_cross_entropy(model, batch) / supervised_tokens(batch)
 

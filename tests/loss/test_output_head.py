@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from engine.data.collate import IGNORE_INDEX
-from engine.training import output_head
-from engine.training.losses import aligned_labels, summed_cross_entropy
+from engine.loss import output_head
+from engine.loss.cross_entropy import aligned_labels, summed_cross_entropy
 
 V, D, N = 211, 16, 37
 

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 from engine.data.collate import IGNORE_INDEX
-from engine.training.losses import aligned_labels, summed_cross_entropy, supervised_tokens
+from engine.loss.cross_entropy import aligned_labels, summed_cross_entropy, supervised_tokens
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

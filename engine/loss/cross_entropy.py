@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from engine.data.collate import IGNORE_INDEX
 from engine.generation.modelstate import bare
-from engine.training import output_head
+from engine.loss import output_head
 
 
 def aligned_labels(batch: Mapping[str, Tensor]) -> Tensor:
