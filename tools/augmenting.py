@@ -30,7 +30,7 @@ _SPEAKER = re.compile(r"#Person(\d{1,3})#")
 _NUMBER = re.compile(r"\d+")
 _HANGUL = re.compile(r"[가-힣]")
 _SENTENCE_END = re.compile(r"(?<=[.?!…])\s+")
-# Particles after a final consonant, and after a vowel. #Person1# is read 원, #Person2# 투: people write #Person1#은, #Person2#는.
+# After a final consonant, and after a vowel: #Person1# is read 원, #Person2# 투, so people write #Person1#은 and #Person2#는.
 _PARTICLES = (("은", "는"), ("이", "가"), ("을", "를"), ("과", "와"), ("으로", "로"), ("이랑", "랑"))
 _FINAL = {1, 7, 9, 10, 11}  # 원, 세븐, 나인, 텐, 일레븐
 _NAMED = re.compile(r"#Person(\d{1,3})#(으로|이랑|은|는|이|가|을|를|과|와|로|랑)?(?![가-힣])|#Person(\d{1,3})#")

@@ -187,7 +187,7 @@ def test_rewriting_by_model_folders(tmp_path, monkeypatch):
         TextEncoder,
         "prompt_feature",
         lambda self, row, index, real=TextEncoder.prompt_feature: (
-            seen.add(self.prompt.prefix) or real(self, row, index)
+            seen.add(self.settings.prefix) or real(self, row, index)
         ),
     )
     folders = [str(tiny.save("bart", tmp_path / name, seed=seed)) for seed, name in enumerate("ab")]
