@@ -31,6 +31,8 @@ from typing import TYPE_CHECKING, Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # so that it also runs without the package installed
 
+from augmenting import METHODS  # noqa: E402
+
 from engine.errors import EngineError  # noqa: E402
 
 if TYPE_CHECKING:
@@ -38,8 +40,6 @@ if TYPE_CHECKING:
 
     from engine.data.rows import Example
     from engine.recipe.schema import Data, Recipe
-
-METHODS = ("speakers", "window", "merge", "cut", "rewrite")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

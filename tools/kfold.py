@@ -72,7 +72,7 @@ def read_recipe(options: argparse.Namespace) -> Recipe:
     elif options.sample_submission and recipe.data.test_file is None:
         what = "--sample-submission: there are no test rows; give --test"
     if what:
-        raise EngineError("E2.90", what, options.recipe)
+        raise EngineError("E2.94", what, options.recipe)
     return recipe
 
 

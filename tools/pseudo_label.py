@@ -28,6 +28,8 @@ from typing import TYPE_CHECKING, Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # so that it also runs without the package installed
 
+from confidence import MEASURES  # noqa: E402
+
 from engine.errors import EngineError  # noqa: E402
 
 if TYPE_CHECKING:
@@ -40,7 +42,6 @@ if TYPE_CHECKING:
     from engine.recipe.schema import Recipe
     from engine.runtime.process import Runtime
 
-MEASURES = ("confidence", "score", "agreement", "margin")
 _OPEN = (
     "generation",
     "prompt",
