@@ -78,7 +78,7 @@ def predict(options: argparse.Namespace, recipe: Recipe, runtime: Runtime) -> No
         )
         predictor.override(recipe)
         summarizer = predictor.summarizer(recipe.evaluation.per_device_eval_batch_size)
-        settings = _settings_of(options, runtime, summarizer, predictor)
+        settings = settings_of(options, runtime, summarizer, predictor)
     fingerprint = shards.fingerprint_of(settings, source)
     if shard is None:
         rows, partial = range(source.count), PartialResults(output, runtime.rank, fingerprint=fingerprint)
@@ -238,7 +238,7 @@ def _lock_of(base: Path) -> FolderLock:
     return FolderLock(base.parent, f".{base.name}.lock", thing="and writes this output", advice=advice)
 
 
-def _settings_of(options: argparse.Namespace, runtime: Runtime, summarizer: Summarizer, predictor: Predictor) -> str:
+def settings_of(options: argparse.Namespace, runtime: Runtime, summarizer: Summarizer, predictor: Predictor) -> str:
     """sha256 of everything but the input that decides a decoded row: model files, prompt, settings, windows."""
     from engine.prediction.predictor import model_folder
     from engine.prediction.shards import WINDOW

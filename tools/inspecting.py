@@ -105,18 +105,29 @@ def equal_groups(rows: Sequence[Row]) -> list[list[Row]]:
 
 
 def near_pairs(rows: Sequence[Row]) -> list[Pair]:
-    """Dialogues that are alike but not equal, the most alike first: for each one the closest found in every split.
+    """Dialogues that are alike but not equal, the most alike first: for each one the closest found in every split."""
+    firsts = {(row.split, _spaced(row)): row for row in reversed(rows)}  # of equal ones in a split, the first
+    rows = list(reversed(firsts.values()))
+    closest: dict[tuple[int, str], tuple[float, int]] = {}
+    for similar, number, other in alike(rows):
+        for one, two in ((number, other), (other, number)):
+            key = (one, rows[two].split)
+            closest[key] = max(closest.get(key, (0.0, 0)), (similar, two))
+    pairs = {(min(one, two), max(one, two)): similar for (one, _), (similar, two) in closest.items()}
+    ordered = sorted(pairs.items(), key=lambda item: (-item[1], item[0]))
+    return [Pair(similar, rows[one], rows[two]) for (one, two), similar in ordered]
+
+
+def alike(rows: Sequence[Row]) -> Iterator[tuple[float, int, int]]:
+    """(similarity, place, earlier place) of dialogues that are alike but not equal.
 
     Candidates come from MinHash and locality-sensitive hashing, their similarity from the texts.
     """
     datasketch = needed("datasketch", "inspect", "finding near-duplicates")
-    firsts = {(row.split, _spaced(row)): row for row in reversed(rows)}  # of equal ones in a split, the first
-    rows, spaced = list(reversed(firsts.values())), [text for _, text in reversed(firsts)]
-    texts = [bare(row.example.dialogue) for row in rows]
+    spaced, texts = [_spaced(row) for row in rows], [bare(row.example.dialogue) for row in rows]
     batches = ([piece.encode() for piece in pieces(text, 3)] for text in texts)
     index = datasketch.MinHashLSH(num_perm=_VALUES, params=_BANDS)
     sketches: list = []
-    closest: dict[tuple[int, str], tuple[float, int]] = {}
     for number, sketch in enumerate(datasketch.MinHash.generator(batches, num_perm=_VALUES, hashfunc=zlib.crc32)):
         own = pieces(texts[number], 3)
         looked_at: Counter[str] = Counter()
@@ -126,14 +137,30 @@ def near_pairs(rows: Sequence[Row]) -> list[Pair]:
             if estimate < _SKETCHED or looked_at[rows[other].split] > _LOOKED_AT:
                 continue
             similar = jaccard(own, pieces(texts[other], 3))
-            for one, two in ((number, other), (other, number)) if similar >= NEAR else ():
-                key = (one, rows[two].split)
-                closest[key] = max(closest.get(key, (0.0, 0)), (similar, two))
+            if similar >= NEAR:
+                yield similar, number, other
         index.insert(number, sketch)
         sketches.append(sketch)
-    pairs = {(min(one, two), max(one, two)): similar for (one, _), (similar, two) in closest.items()}
-    ordered = sorted(pairs.items(), key=lambda item: (-item[1], item[0]))
-    return [Pair(similar, rows[one], rows[two]) for (one, two), similar in ordered]
+
+
+def families(rows: Sequence[Row], least: float = NEAR) -> list[int]:
+    """A number for each row, the same where dialogues are equal or alike, directly or over others between them."""
+    heads = list(range(len(rows)))
+
+    def head(row: int) -> int:
+        while heads[row] != row:
+            heads[row] = row = heads[heads[row]]
+        return row
+
+    firsts: dict[str, int] = {}
+    for number, row in enumerate(rows):
+        heads[number] = firsts.setdefault(_spaced(row), number)
+    distinct = list(firsts.values())
+    for similar, one, two in alike([rows[number] for number in distinct]):
+        if similar >= least:
+            one, two = head(distinct[one]), head(distinct[two])
+            heads[max(one, two)] = min(one, two)
+    return [head(number) for number in range(len(rows))]
 
 
 def duplicates(groups: Sequence[Sequence[Row]]) -> Finding:

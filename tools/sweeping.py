@@ -5,12 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import math
-import os
 import signal
 import subprocess
-import sys
 import threading
-import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,15 +15,13 @@ from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from screen import reason
+from training_process import GOES_ON, Failed, train
 
-from engine.errors import STOPPED_SAVED, STOPPED_UNSAVED, EngineError
+from engine.errors import EngineError
 from engine.recipe.dump import dump
 from engine.reporting.tracking import read_rows
-from engine.runtime.atomic import read_json, without_links, write_text_atomically
+from engine.runtime.atomic import read_json, write_text_atomically
 from engine.runtime.lock import FolderLock
-from engine.runtime.process import ENDS_WITH_PARENT
-from engine.runtime.run_status import read_status
 from engine.runtime.signals import Stopped
 from engine.training.evaluation import LOWER_IS_BETTER
 
@@ -35,13 +30,10 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
     from search_space import Plan
 
-ROOT = Path(__file__).resolve().parents[1]
 _STATES = {"COMPLETE": "done", "PRUNED": "pruned", "FAIL": "failed"}
 _NAME = "sweep"
 _SEED = 42  # of the search; the runs have their recipe's
 _LOOK = 0.5  # seconds between two looks at a trial's evaluations
-_STOPPED = {STOPPED_SAVED, STOPPED_UNSAVED, -signal.SIGTERM, -signal.SIGINT}
-_GOES_ON = "the same command goes on"
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
@@ -80,10 +72,6 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 # --- the sweep -------------------------------------------------------------------------------------------------------
-
-
-class Failed(Exception):
-    """A trial that came to no score; the reason is its text."""
 
 
 class Sweep(AbstractContextManager):
@@ -186,7 +174,7 @@ class Sweep(AbstractContextManager):
                     worker.result()
             except KeyboardInterrupt:  # the trials have heard it too
                 todo.clear()
-                raise Stopped(f"stopped by SIGINT; {_GOES_ON}", saved=True) from None
+                raise Stopped(f"stopped by SIGINT; {GOES_ON}", saved=True) from None
         self._write_table()
 
     def _work(self, todo: deque[int], gpu: str | None) -> None:
@@ -226,22 +214,10 @@ class Sweep(AbstractContextManager):
 
     def _train(self, trial: optuna.Trial, name: str, values: list[str], gpu: str | None) -> Path:
         """Run the process until its end; the run folder. Raises: Failed, Stopped, or Optuna's TrialPruned."""
-        run, log = self.folder / name, self.folder / f"{name}.log"
-        command = [sys.executable, str(ROOT / "engine" / "train.py"), self.plan.recipe, *self.plan.overrides(values)]
-        command += ["--resume", "auto", f"experiment.output_dir={run}"]
-        environment = os.environ | {ENDS_WITH_PARENT: "1"} | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})
-        while True:
-            with open(log, "w", encoding="utf-8", opener=without_links) as output:
-                process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
-            code = self._follow(trial, process, run)
-            if code != 2 or "error E2.30" not in log.read_text(encoding="utf-8", errors="replace"):
-                break
-            time.sleep(1)  # the process of a sweep that was killed is still saving there
-        if code in _STOPPED:
-            raise Stopped(f"{name} was stopped; {_GOES_ON}", saved=code == STOPPED_SAVED)
-        if code:
-            status = read_status(run) or {}
-            raise Failed(" ".join(status["reason"].split()) if status.get("code") == code else reason(code, log, None))
+        run = self.folder / name
+        train(
+            run, self.plan.recipe, self.plan.overrides(values), gpu, lambda process: self._follow(trial, process, run)
+        )
         return run
 
     def _follow(self, trial: optuna.Trial, process: subprocess.Popen[bytes], run: Path) -> int:
