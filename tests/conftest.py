@@ -33,6 +33,17 @@ def root() -> Path:
 
 
 @pytest.fixture(scope="session")
+def gpu():
+    """The device of tests marked `gpu`. TEST_DEVICE=cpu runs them without one, which shows that they run, not that a GPU does."""
+    import torch
+
+    device = torch.device(os.environ.get("TEST_DEVICE", "cuda"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    return device
+
+
+@pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Real dialogues and tokenizers beside the checkout; tests that need them skip where they are absent."""
     if not SHARED_DATA.is_dir():
