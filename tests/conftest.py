@@ -34,7 +34,7 @@ def root() -> Path:
 
 @pytest.fixture(scope="session")
 def gpu():
-    """The device of tests marked `gpu`. TEST_DEVICE=cpu runs them without one, which shows that they run, not that a GPU does."""
+    """The device of tests marked `gpu`. TEST_DEVICE=cpu runs them without one, which proves no more than that they run."""
     import torch
 
     device = torch.device(os.environ.get("TEST_DEVICE", "cuda"))

@@ -87,6 +87,32 @@ def test_decodes_whole_and_is_sharded_again(alone, family):
     assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
+@pytest.fixture
+def alone_on_a_gpu(tmp_path, gpu):
+    backend = "cuda:nccl,cpu:gloo" if gpu.type == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield gpu
+    dist.destroy_process_group()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("family", ["bart", "llama"])
+def test_on_a_gpu_a_sharded_model_trains_like_a_whole_one(alone_on_a_gpu, family, offload):
+    device = alone_on_a_gpu
+    plain, model = tiny.model(family).to(device), tiny.model(family)
+    sharding.shard(model, device, param_dtype=None, cpu_offload=offload)
+    batch = {name: tensor.to(device) for name, tensor in tiny.batch_for(family).items()}
+    for one in (plain, model):
+        optimizer = torch.optim.AdamW(one.eval().parameters(), lr=1e-3)  # without dropout
+        for _ in range(2):
+            one(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    found = weights.weights_of(model)
+    assert all(torch.allclose(found[name].cpu(), value.cpu(), atol=1e-5) for name, value in plain.state_dict().items())
+
+
 def test_a_plain_model_passes_through():
     model = tiny.model("bart")
     tensor = next(model.parameters())
