@@ -98,7 +98,7 @@ def test_moments_of_every_optimizer_come_back(kind):
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("kind", "tolerance"),
-    [("paged_adamw_32bit", 1e-6), ("paged_adamw_8bit", 2e-3), ("adamw_8bit", 2e-3)],
+    [("paged_adamw_32bit", 1e-5), ("paged_adamw_8bit", 2e-3), ("adamw_8bit", 2e-3)],
 )
 def test_optimizers_on_a_gpu_follow_adamw(gpu, kind, tolerance):
     """8-bit moments follow it from afar: each of three updates of 1e-3 may differ by a part."""

@@ -224,7 +224,7 @@ def measure(shape: str, load: Load, options: argparse.Namespace) -> dict[str, An
     from engine.runtime.peak_memory import measured_peak
     from engine.training import memory
 
-    device = torch.device(options.device)
+    device = torch.device("cuda", 0) if options.device == "cuda" else torch.device("cpu")
     precision = default_precision(device)
     precision = "fp16" if precision == "fp32" and device.type == "cuda" else precision
     values = values_of(shape, options.tiny)
