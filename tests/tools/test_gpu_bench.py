@@ -39,6 +39,7 @@ def test_no_part_stops_another(tmp_path):
         part("crashes", "import os; os.abort()"),
         part("hangs", HANGS.replace("{mark}", str(mark)), seconds=2.0),
         part("leaves nothing", "pass"),
+        part("breaks off", FIGURES + "; pathlib.Path(r'{out}/b.json').write_text('{')"),
         part("lacks", "pass", needs=("json", "no_such_module")),
         part("wide", "pass", gpus=2),
     ]
@@ -52,6 +53,7 @@ def test_no_part_stops_another(tmp_path):
         "crashes": "failed",
         "hangs": "timed out",
         "leaves nothing": "failed",
+        "breaks off": "failed",
         "lacks": "skipped",
         "wide": "skipped",
     }
@@ -137,7 +139,7 @@ def test_the_list_and_a_machine_without_a_gpu(tmp_path, monkeypatch, capsys):
     assert bench.main(["--list", "--only", "KoBART"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 and all("KoBART" in line for line in lines)
-    monkeypatch.setattr(bench, "about", lambda environment: {"gpus": []})
+    monkeypatch.setattr(bench, "about", lambda environment: {"gpus": [], "commit": None})
     output = tmp_path / "gpu.json"
     assert bench.main(["--output", str(output)]) == 4 and not output.exists()
 
@@ -146,14 +148,15 @@ def test_wheels_that_cannot_be_used_are_told_and_stop_nothing(tmp_path, monkeypa
     (tmp_path / "wheels").mkdir()
     (tmp_path / "wheels" / "broken-1.0-py3-none-any.whl").write_bytes(b"no wheel")
     monkeypatch.setattr(bench, "plan", lambda *_: [part("passes", FIGURES)])
-    monkeypatch.setattr(bench, "about", lambda environment: {"gpus": [], "site": environment["PYTHONPATH"]})
+    monkeypatch.setattr(bench, "about", lambda environment: {"gpus": [], "commit": None})
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(bench.signal, "signal", lambda *_: None)
     output = tmp_path / "gpu.json"
-    options = ["--device", "cpu", "--wheels", str(tmp_path / "wheels"), "--output", str(output)]
+    options = ["--device", "cpu", "--wheels", str(tmp_path / "wheels"), "--output", str(output), "--commit", "abc"]
     assert bench.main(options) == 1
     written = json.loads(output.read_text(encoding="utf-8"))
-    assert written["parts"]["passes"]["status"] == "passed" and "broken" in written["unusable_wheels"]
+    assert written["commit"] == "abc" and written["parts"]["passes"]["status"] == "passed"
+    assert "broken" in written["unusable_wheels"]
 
 
 @pytest.mark.slow

@@ -64,7 +64,7 @@ class Part:
 
 def tests(name: str, seconds: float, *files: str, needs: Iterable[str] = (), gpus: int = 1) -> Part:
     paths = [f"tests/{file}" for file in files]
-    options = ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "--junitxml={out}/tests.xml"]
+    options = ["-m", "pytest", "-v", "-m", "gpu", "-p", "no:cacheprovider", "--junitxml={out}/tests.xml"]
     return Part(f"tests of {name}", seconds, (*options, *paths), ("pytest", *needs), gpus)
 
 
@@ -148,7 +148,10 @@ def run_part(part: Part, seconds: float, out: Path, environment: dict[str, str])
     found = {"status": status_of(code), "seconds": round(time.monotonic() - started, 1)}
     if code is not None and code < 0:
         found["reason"] = f"killed by {signal.Signals(-code).name}"
-    return found | outcome(part, out, found["status"])
+    try:
+        return found | outcome(part, out, found["status"])
+    except (ValueError, ElementTree.ParseError) as error:  # ended while it wrote
+        return found | {"status": "timed out" if code is None else "failed", "reason": f"broken figures: {error}"}
 
 
 def status_of(code: int | None) -> str:
@@ -253,8 +256,15 @@ def about(environment: dict[str, str]) -> dict[str, Any]:
     for name in PACKAGES:
         with suppress(PackageNotFoundError):
             versions[name] = version(name)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    return json.loads(done.stdout.splitlines()[-1]) | {"versions": versions, "commit": commit.stdout.strip() or None}
+    return json.loads(done.stdout.splitlines()[-1]) | {"versions": versions, "commit": commit()}
+
+
+def commit() -> str | None:
+    """The checkout's; None in a copy without its history."""
+    with suppress(OSError):
+        told = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+        return told.stdout.strip() or None
+    return None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -263,6 +273,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--limit", type=float, default=600.0, help="seconds for everything")
     parser.add_argument("--only", nargs="+", metavar="PART", help="parts whose names hold one of these words")
     parser.add_argument("--output", type=Path, help="default: tools/bench/results/gpu-<name of the GPU>.json")
+    parser.add_argument("--commit", help="what to write down as the commit, where this is a copy without its history")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--tiny", action="store_true", help="toy sizes")
     parser.add_argument("--list", action="store_true", help="show the plan and end")
@@ -277,6 +288,7 @@ def main(argv: list[str] | None = None) -> int:
         unusable = install(options.wheels, site) if options.wheels else None
         environment = environment_of(options.device, site)
         result = about(environment) | {"device": options.device, "tiny": options.tiny, "unusable_wheels": unusable}
+        result["commit"] = options.commit or result["commit"]
         if options.device == "cuda" and not result["gpus"]:
             print("no CUDA GPU here: nothing was run and nothing was written", file=sys.stderr)
             return 4
