@@ -15,6 +15,7 @@ os.environ.update(
     WANDB_SILENT="true",
     TRANSFORMERS_VERBOSITY="error",
 )
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once; deterministic runs on a GPU need it
 os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 os.environ.setdefault("MKL_NUM_THREADS", os.environ["OMP_NUM_THREADS"])
 
@@ -30,6 +31,17 @@ SHARED_DATA = ROOT.parent / "shared" / "data"
 def root() -> Path:
     """The checkout."""
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def gpu():
+    """The device of tests marked `gpu`. TEST_DEVICE=cpu runs them without one, which proves no more than that they run."""
+    import torch
+
+    device = torch.device(os.environ.get("TEST_DEVICE", "cuda:0"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    return device
 
 
 @pytest.fixture(scope="session")

@@ -18,35 +18,37 @@ from engine.train import train_step
 from engine.training import optim
 from engine.training.state import Update, Window
 
+CPU = torch.device("cpu")
+
 
 class OneRank:
     """What `train_step` needs of the runtime."""
 
-    device, world_size = torch.device("cpu"), 1
+    world_size = 1
     accelerator = SimpleNamespace(no_sync=lambda model: nullcontext())
     ranks = SimpleNamespace(sum_across_ranks=lambda tensor: tensor)
 
-    def __init__(self, dtype=None):
-        self.dtype = dtype
+    def __init__(self, device, dtype=None):
+        self.device, self.dtype = device, dtype
 
     def autocast(self):
-        return torch.autocast("cpu", dtype=self.dtype or torch.bfloat16, enabled=self.dtype is not None)
+        return torch.autocast(self.device.type, dtype=self.dtype or torch.bfloat16, enabled=self.dtype is not None)
 
     def to_device(self, batch):
-        return batch
+        return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
 
 class Parts:
     """A model, its optimizer and schedule, and windows of two micro-batches."""
 
-    def __init__(self, *, scaler=None, **training):
+    def __init__(self, *, scaler=None, device=CPU, dtype=None, **training):
         self.training = Training(learning_rate=1e-2, warmup_steps=0, lr_scheduler_type="linear", **training)
-        self.model = tiny.model("bart", dropout=0.0).train()
+        self.model = tiny.model("bart", dropout=0.0).train().to(device)
         groups = optim.parameter_groups(self.model, 0.1)
-        self.optimizer = optim.build_optimizer(groups, self.training, torch.device("cpu"))
+        self.optimizer = optim.build_optimizer(groups, self.training, device)
         self.schedule = optim.build_schedule(self.optimizer, self.training, 10)
-        self.scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
-        self.runtime = OneRank(torch.float16 if self.scaler.is_enabled() else None)
+        self.scaler = scaler or torch.amp.GradScaler(device.type, enabled=False)
+        self.runtime = OneRank(device, torch.float16 if self.scaler.is_enabled() else dtype)
 
     def window(self, masked=False):
         batches = [tiny.batch_for("bart"), tiny.batch_for("bart")]
@@ -100,7 +102,16 @@ def test_gradients_are_clipped_to_the_norm_that_is_told():
 
 
 def test_an_fp16_overflow_skips_the_update_lowers_the_scale_and_leaves_the_schedule():
-    parts = Parts(scaler=torch.amp.GradScaler("cpu", init_scale=1024.0))
+    overflow_on(CPU)
+
+
+@pytest.mark.gpu
+def test_an_fp16_overflow_on_a_gpu(gpu):
+    overflow_on(gpu)
+
+
+def overflow_on(device):
+    parts = Parts(scaler=torch.amp.GradScaler(device.type, init_scale=1024.0), device=device)
     assert parts.step().applied
     before, rate, scale = parts.weights(), parts.schedule.get_last_lr()[0], parts.scaler.get_scale()
     poison(parts, float("inf"))
@@ -113,7 +124,17 @@ def test_an_fp16_overflow_skips_the_update_lowers_the_scale_and_leaves_the_sched
 
 
 def test_fp16_learns_like_fp32():
-    half, full = Parts(scaler=torch.amp.GradScaler("cpu", init_scale=1024.0)), Parts()
+    half_learns_like_full(Parts(scaler=torch.amp.GradScaler("cpu", init_scale=1024.0)), Parts())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_half_precision_on_a_gpu_learns_like_fp32(gpu, precision):
+    scaler = torch.amp.GradScaler(gpu.type, init_scale=1024.0, enabled=precision == "fp16")
+    half_learns_like_full(Parts(scaler=scaler, device=gpu, dtype=torch.bfloat16), Parts(device=gpu))
+
+
+def half_learns_like_full(half, full):
     window = full.window()
     losses = [(half.step(window).loss, full.step(window).loss) for _ in range(5)]
     assert all(ours == pytest.approx(theirs, rel=2e-2) for ours, theirs in losses)

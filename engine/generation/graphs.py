@@ -5,8 +5,9 @@ slot, the position and the mask are device tensors, attention reads a fixed wind
 is captured once per window and replayed. Windows grow in strides, and shrink again when dead slots are dropped.
 
 Off unless `generation.cuda_graphs` asks for it: on a CPU the steps are held against the eager ones, but no GPU has replayed
-them yet. `StaticStep` runs on any device (the tests hold it against the eager step on a CPU); capturing needs CUDA. Whatever
-cannot be captured runs the same step without a graph, after one log line.
+them yet. `StaticStep` runs on any device (the tests hold it against the eager step on a CPU); capturing needs CUDA. Where a
+capture fails, its call goes on with the same step without a graph, and the model's later ones with the eager step; one
+warning says so.
 
 Shapes: B examples, K beams, C slots, W window (slots that attention reads), V vocabulary.
 """
@@ -14,6 +15,7 @@ Shapes: B examples, K beams, C slots, W window (slots that attention reads), V v
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -24,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 WINDOW_STRIDE = 64
 MIN_STEPS = 16  # a capture costs about two eager steps per window
+_uncaptured: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()  # models of which a capture has failed
 
 
 class StaticStep:
@@ -86,10 +89,16 @@ class StaticStep:
     def _capture(self, window: int) -> tuple[Callable[[], None], torch.Tensor] | None:
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            # The outer context brings the stream back: after a failed capture torch leaves its own as the current one.
+            with (
+                torch.cuda.stream(torch.cuda.current_stream()),
+                torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"),
+            ):
                 logits = self._run(window)
         except RuntimeError as error:
-            logger.info("decoding without CUDA graphs: %s", str(error).splitlines()[0])
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            logger.warning("generation.cuda_graphs: decoding goes on without CUDA graphs: %s", reason)
+            _uncaptured.add(self.decoder.model)
             self.capturable = False
             torch.cuda.synchronize()
             return None
@@ -100,8 +109,8 @@ class StaticStep:
 
 def worth_capturing(model: torch.nn.Module, device: torch.device, steps: int) -> bool:
     """Whether a call that may should decode with fixed shapes. Not for models spread over devices, nor under autocast, whose
-    cache of converted weights would end up in a graph's memory."""
-    if device.type != "cuda" or steps < MIN_STEPS or hasattr(model, "hf_device_map"):
+    cache of converted weights would end up in a graph's memory, nor where a capture has failed before."""
+    if device.type != "cuda" or steps < MIN_STEPS or hasattr(model, "hf_device_map") or model in _uncaptured:
         return False
     if not families.of(model.config.model_type).capturable:
         return False

@@ -301,3 +301,58 @@ def test_lost_results_of_a_finished_run_can_be_written_again(tmp_path, recipe, c
         runs.train(recipe, resume="auto")
     (tmp_path / "run" / "run_status.json").unlink()
     assert runs.train(recipe, resume="auto")["metrics"] == first["metrics"]
+
+
+ON_A_GPU = {
+    "fp32": ("bart", []),
+    "bf16": ("t5", ["training.precision=bf16"]),
+    "fp16": ("bart", ["training.precision=fp16"]),
+    "paged": ("llama", ["training.precision=bf16", "training.optim=paged_adamw_8bit"]),
+    "qlora": (
+        "llama",
+        ["training.precision=bf16", "training.optim=paged_adamw_32bit", "quantization.load_in_4bit=true"],
+    ),
+}
+
+
+@pytest.fixture
+def afterwards_any_kernel():
+    yield
+    import torch
+
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("setting", ON_A_GPU)
+def test_a_run_on_a_gpu_is_resumed_to_the_bit(tmp_path, gpu, setting, monkeypatch, afterwards_any_kernel):
+    """Stopped in the middle of an accumulated epoch, with dropout: the same numbers and weights as the run without a stop."""
+    family, choice = ON_A_GPU[setting]
+    if setting in ("paged", "qlora"):
+        pytest.importorskip("bitsandbytes")
+    if gpu.type != "cuda":  # what a CPU has in place of a GPU's
+        choice = [word.replace("paged_adamw_32bit", "adamw").replace("paged_", "") for word in choice]
+    if setting == "qlora":
+        adapted_base(tmp_path / "model")
+    fixed = {"evaluation__generate": False, "evaluation__metric": "loss", "model__dropout": 0.2}
+    fixed |= {"runtime__device": gpu.type, "runtime__deterministic": True, "training__gradient_accumulation_steps": 2}
+    fixed |= {"runtime__emulate_fp16_on_cpu": gpu.type == "cpu"}
+    recipe = runs.write_recipe(tmp_path, family, **fixed)
+    runs.train(recipe, *choice, f"experiment.output_dir={tmp_path / 'whole'}")
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 2)
+        with pytest.raises(Stopped):
+            runs.train(recipe, *choice)
+    runs.train(recipe, *choice, resume="auto")
+    assert rows(tmp_path / "run") == rows(tmp_path / "whole") and len(rows(tmp_path / "run")) == 3
+    ours, whole = ((tmp_path / run / "final_model") for run in ("run", "whole"))
+    weights = sorted(path.name for path in whole.glob("*.safetensors"))
+    assert weights and all((ours / name).read_bytes() == (whole / name).read_bytes() for name in weights)
+
+
+def adapted_base(folder):
+    """A Llama wide enough for whole blocks of 4-bit weights."""
+    import adapted
+    import tiny
+
+    tiny.save("llama", folder, **adapted.WIDE)

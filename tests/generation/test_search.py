@@ -602,14 +602,59 @@ def test_steps_are_plain_unless_graphs_are_asked_for(fixed_shapes, monkeypatch):
         generate(model, **batch(model), settings=resolved(model, cuda_graphs=True, **values))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("family", each())
-@pytest.mark.parametrize("name", ["beams5", "greedy", "original_system", "ends_three"])
-def test_on_a_gpu(name, family):  # 87
-    """With graphs, without, and transformers: the same tokens."""
-    model = build(family).cuda()
-    inputs = {key: tensor.cuda() for key, tensor in batch(model).items()}
+class FailedCapture:
+    """`torch.cuda.graph` as it looks where the device refuses the capture."""
+
+    def __init__(self, *_, **__): ...
+
+    def __enter__(self):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore lines")
+
+    def __exit__(self, *_): ...
+
+
+def test_a_failed_capture_is_told_once_and_decoding_goes_on(fixed_shapes, monkeypatch, caplog):
+    """The call itself, and the model's later calls, which no longer try."""
+    tried = []
+    for name, fake in {
+        "graph": FailedCapture,
+        "CUDAGraph": lambda: tried.append(1),
+        "current_stream": lambda: None,
+        "synchronize": lambda: None,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    made = graphs.StaticStep.__init__
+
+    def as_on_a_gpu(step, *arguments):
+        made(step, *arguments)
+        step.capturable = True
+
+    monkeypatch.setattr(graphs.StaticStep, "__init__", as_on_a_gpu)
+    model, gpu = build("bart"), torch.device("cuda", 0)
+    assert graphs.worth_capturing(model, gpu, 40)
+    check(model, cuda_graphs=True, **batch(model), **BEAMS | {"max_new_tokens": 26})
+    told = [record.message for record in caplog.records if "CUDA graphs" in record.message]
+    assert len(tried) == len(told) == 1 and told[0].endswith("when stream is capturing")
+    assert not graphs.worth_capturing(model, gpu, 40) and graphs.worth_capturing(build("bart"), gpu, 40)
+
+
+ON_A_GPU = [(name, family) for name in ("beams5", "greedy", "original_system", "ends_three") for family in FAMILIES]
+ON_A_GPU += [("beams5", family) for family in CAPTURABLE if family not in FAMILIES]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("name", "family"), ON_A_GPU)
+def test_on_a_gpu(name, family, gpu, monkeypatch):  # 87
+    """With graphs, without, and transformers: the same tokens. And graphs are really replayed."""
+    replayed = []
+    capture = graphs.StaticStep._capture
+    monkeypatch.setattr(
+        graphs.StaticStep, "_capture", lambda step, window: replayed.append(found := capture(step, window)) or found
+    )
+    model = build(family).to(gpu)
+    inputs = {key: tensor.to(gpu) for key, tensor in batch(model).items()}
     arguments = inputs | BEAMS | {"max_new_tokens": 40} | COMMON[name]
     theirs = reference(model, **arguments)
     assert_equal(decode(model, **arguments, cuda_graphs=True), theirs)
     assert_equal(decode(model, **arguments), theirs)
+    assert gpu.type != "cuda" or (replayed and all(replayed)), "a capture failed"

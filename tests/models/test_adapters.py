@@ -217,6 +217,26 @@ def test_qlora_trains_and_predicts_under_every_pair_of_precisions(tmp_path, fami
             assert torch.equal(logits(again.model, family), expected)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(("precision", "family"), sorted(QLORA_AT_A_DESK))
+def test_qlora_on_a_gpu(tmp_path, gpu, precision, family):
+    """Learns, comes back to the bit on the GPU, and gives nearly the same logits on a CPU."""
+    pytest.importorskip("bitsandbytes")
+    changes = {"d_model": 64, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128} if family == "bart" else WIDE
+    folder = tiny.save(family, tmp_path / "base", **changes)
+    bundle = build(folder, precision=precision, device=gpu, quantization={"load_in_4bit": True})
+    losses = train(bundle, family, updates=6, precision=precision)
+    assert bundle.report["quantized"] and losses[-1] < losses[0]
+    save_model(bundle, tmp_path / "saved")
+    expected = logits(bundle.model, family, precision)
+    again = load_trained(tmp_path / "saved", device=gpu, precision=precision)
+    assert torch.equal(logits(again.model, family, precision), expected)
+    again.model.generate(input_ids=IDS.to(gpu), max_new_tokens=3)
+    elsewhere = load_trained(tmp_path / "saved", device=CPU, precision=precision)
+    apart = (logits(elsewhere.model, family, precision) - expected.cpu()).abs().max()
+    assert apart < (1e-3 if precision == "fp32" else 0.1) * expected.abs().max()
+
+
 def test_evaluating_a_4bit_model_changes_nothing(tmp_path):
     """bitsandbytes repacks 4-bit weights, with loss, when a CPU model is first used in eval mode; ours are left alone."""
     folder = tiny.save("llama", tmp_path, **WIDE)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 
+import adapted
 import pytest
 import tiny
 import torch
@@ -85,6 +89,48 @@ def test_decodes_whole_and_is_sharded_again(alone, family):
             for _ in range(2):
                 assert torch.equal(model.generate(**batch, max_new_tokens=4, num_beams=2), expected)
     assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+@pytest.fixture
+def alone_on_a_gpu(tmp_path, gpu):
+    backend = "cuda:nccl,cpu:gloo" if gpu.type == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield gpu
+    dist.destroy_process_group()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("family", ["bart", "llama"])
+def test_on_a_gpu_a_sharded_model_trains_like_a_whole_one(alone_on_a_gpu, family, offload):
+    device = alone_on_a_gpu
+    plain, model = tiny.model(family).to(device), tiny.model(family)
+    sharding.shard(model, device, param_dtype=None, cpu_offload=offload)
+    batch = {name: tensor.to(device) for name, tensor in tiny.batch_for(family).items()}
+    for one in (plain, model):
+        optimizer = torch.optim.AdamW(one.eval().parameters(), lr=1e-3)  # without dropout
+        for _ in range(2):
+            one(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    found = weights.weights_of(model)
+    assert all(torch.allclose(found[name].cpu(), value.cpu(), atol=1e-5) for name, value in plain.state_dict().items())
+
+
+@pytest.mark.gpu
+def test_bytes_of_4bit_weights_on_two_gpus(tmp_path, gpu, root):
+    """Until this has passed on GPUs, QLoRA under FSDP2 stays refused: others have seen 4-bit weights come back changed."""
+    pytest.importorskip("bitsandbytes")
+    if gpu.type == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    tiny.save("llama", tmp_path, **adapted.WIDE)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
+    script = [str(root / "tests" / "four_bit_shards.py"), gpu.type, str(tmp_path)]
+    command = [*launcher, "--rdzv-endpoint=localhost:0", *script]
+    path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
 
 
 def test_a_plain_model_passes_through():

@@ -93,3 +93,28 @@ def test_moments_of_every_optimizer_come_back(kind):
     saved["state"][0]["step"] = "x"
     with pytest.raises(ValueError, match="no number"):
         optim.check_moments(optimizer, saved)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("kind", "tolerance"),
+    [("paged_adamw_32bit", 1e-5), ("paged_adamw_8bit", 2e-3), ("adamw_8bit", 2e-3)],
+)
+def test_optimizers_on_a_gpu_follow_adamw(gpu, kind, tolerance):
+    """8-bit moments follow it from afar: each of three updates of 1e-3 may differ by a part."""
+    pytest.importorskip("bitsandbytes")
+    if gpu.type != "cuda" and kind.startswith("paged"):
+        pytest.skip("unified memory needs a GPU")
+    weights = []
+    for name in ("adamw", kind):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(128, 64).to(gpu)  # 8,192 weights: large enough for 8-bit moments
+        groups = [{"params": list(model.parameters()), "weight_decay": 0.1}]
+        optimizer = optim.build_optimizer(groups, Training(optim=name, learning_rate=1e-3), gpu)
+        for _ in range(3):
+            model(torch.randn(16, 128).to(gpu)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        optim.check_moments(optimizer, optimizer.state_dict())
+        weights.append(model.weight.detach().cpu())
+    assert float((weights[0] - weights[1]).abs().max()) < tolerance

@@ -5,8 +5,10 @@
     python tools/bench/generate.py trained-like           # 100 dialogues whose outputs end at different lengths
     python tools/bench/generate.py qwen3                  # causal, real vocabulary, prompts of 300-400 tokens
     python tools/bench/generate.py kobart --device cuda --dtype float32 --output tools/bench/results/kobart-cuda.json
+    python tools/bench/generate.py llama-3.2-3b --random --device cuda --dtype bfloat16   # also qwen3-4b
 
-Weights are random (shapes and tokenizers are real), inputs are real dialogues out of `--data`. Contenders take turns,
+Weights are random (shapes and tokenizers are real), inputs are real dialogues out of `--data`, or with `--random` tokens by
+chance, as many as dialogues have. Contenders take turns,
 so that a busy machine slows all of them; ratios are medians over rounds of the other's time by ours in the same round.
 `cpu_seconds` (of all threads) tell more than the clock where other programs run too; with more than one thread they
 count waiting for each other as well.
@@ -30,18 +32,20 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+sys.path[:0] = [str(ROOT), str(HERE)]
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
+from shapes import values_of  # noqa: E402
 from transformers import (  # noqa: E402
+    AutoConfig,
+    AutoModelForCausalLM,
     AutoTokenizer,
     BartConfig,
     BartForConditionalGeneration,
     GenerationConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -85,27 +89,26 @@ def dialogues(data: Path, count: int) -> list[str]:
         return [row["dialogue"] for row in csv.DictReader(file)][:count]
 
 
-def kobart(data: Path, count: int, new_tokens: int) -> Case:
+def kobart(options: argparse.Namespace) -> Case:
     """KoBART's exact shape. Weights wider than its training start (0.02), so that candidates are apart."""
-    folder = data / "tokenizers" / "kobart"
+    folder = options.data / "tokenizers" / "kobart"
     tokenizer = AutoTokenizer.from_pretrained(folder)
     torch.manual_seed(0)
     model = BartForConditionalGeneration(BartConfig.from_pretrained(folder, init_std=0.06)).eval()
     model.generation_config = GenerationConfig.from_pretrained(folder)
-    prompts = tokenizer(dialogues(data, count), truncation=True, max_length=512)["input_ids"]
-    values = {"num_beams": 5, "max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
-    return Case("kobart", model, tokenizer, prompts, values, 16, tokenizer.pad_token_id)
+    prompts = tokenizer(dialogues(options.data, options.examples), truncation=True, max_length=512)["input_ids"]
+    return Case("kobart", model, tokenizer, prompts, fixed_lengths(options), 16, tokenizer.pad_token_id)
 
 
-def trained_like(data: Path, count: int, new_tokens: int) -> Case:
+def trained_like(options: argparse.Namespace) -> Case:
     """The same, but outputs end by themselves, at lengths spread as a trained model's are (mean about a third of the cap).
 
     The end token's bias is searched for, on the first prompts, until the mean length fits.
     """
-    case = kobart(data, count, new_tokens)
+    case, new_tokens = kobart(options), options.new_tokens
     case.name = "trained-like"
     case.batch_size = 20
-    case.values = {"num_beams": 5, "max_new_tokens": new_tokens, "min_new_tokens": 8, "early_stopping": True}
+    case.values |= {"min_new_tokens": 8, "early_stopping": True}
     bias = case.model.final_logits_bias
     low, high = 0.0, 40.0
     for _ in range(7):
@@ -116,9 +119,9 @@ def trained_like(data: Path, count: int, new_tokens: int) -> Case:
     return case
 
 
-def qwen3(data: Path, count: int, new_tokens: int) -> Case:
+def qwen3(options: argparse.Namespace) -> Case:
     """Real vocabulary, hidden 512, 8 layers; prompts of 300-400 tokens cut from joined dialogues."""
-    tokenizer = AutoTokenizer.from_pretrained(data / "tokenizers" / "qwen3")
+    tokenizer, count = AutoTokenizer.from_pretrained(options.data / "tokenizers" / "qwen3"), options.examples
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=len(tokenizer), hidden_size=512, intermediate_size=1536, num_hidden_layers=8,
@@ -126,33 +129,46 @@ def qwen3(data: Path, count: int, new_tokens: int) -> Case:
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, initializer_range=0.06,
     )  # fmt: skip
     model = Qwen3ForCausalLM(config).eval()
-    stream = tokenizer("\n".join(dialogues(data, 60)))["input_ids"]
+    stream = tokenizer("\n".join(dialogues(options.data, 60)))["input_ids"]
     lengths = [300 + 100 * i // max(count - 1, 1) for i in range(count)]
     prompts = [stream[400 * i : 400 * i + length] for i, length in enumerate(lengths)]
-    values = {"num_beams": 5, "max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
-    return Case("qwen3", model, tokenizer, prompts, values, count, tokenizer.pad_token_id)
+    return Case("qwen3", model, tokenizer, prompts, fixed_lengths(options), count, tokenizer.pad_token_id)
 
 
-def llama_3b(data: Path, count: int, new_tokens: int) -> Case:
-    """Llama-3.2-3B's shape, for a GPU: random weights, prompts of 800 random tokens, 4 beams."""
+def random_kobart(options: argparse.Namespace) -> Case:
+    """KoBART's shape on tokens by chance, as many as the 499 test dialogues have: 207 on average, 106 up or down."""
+    values = values_of("kobart", options.tiny)
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=128_256, hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24,
-        num_key_value_heads=8, head_dim=128, tie_word_embeddings=True, bos_token_id=128_000,
-        eos_token_id=[128_001, 128_008, 128_009], pad_token_id=128_001, dtype=torch.bfloat16,
-    )  # fmt: skip
-    with torch.device("cuda"):
-        model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
-    prompts = torch.randint(0, 128_000, (count, 800)).tolist()
-    values = {"num_beams": 4, "max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
-    return Case("llama-3b", model, None, prompts, values, count, 128_001)
+    config = AutoConfig.for_model(values.pop("model_type"), **values, init_std=0.06)
+    with torch.device(options.device):
+        model = BartForConditionalGeneration(config).eval()
+    lengths = (207 + 106 * torch.randn(options.examples)).clamp(50, 512).long().tolist()
+    prompts = [torch.randint(4, config.vocab_size, (length,)).tolist() for length in lengths]
+    return Case("kobart", model, None, prompts, fixed_lengths(options), 16, config.pad_token_id)
 
 
+def random_causal(options: argparse.Namespace) -> Case:
+    """A real shape with random weights, made on the device in the type asked for; prompts of 800 tokens by chance."""
+    values = values_of(options.case, options.tiny)
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(values.pop("model_type"), **values, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    with torch.device(options.device):
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, options.dtype)).eval()
+    prompts = torch.randint(3, config.vocab_size, (options.examples, 80 if options.tiny else 800)).tolist()
+    return Case(options.case, model, None, prompts, fixed_lengths(options), options.examples, 0)
+
+
+def fixed_lengths(options: argparse.Namespace) -> dict:
+    return {"num_beams": options.beams, "max_new_tokens": options.new_tokens, "min_new_tokens": options.new_tokens}
+
+
+# name -> prompts, new tokens, beams, the case of real dialogues, the one of tokens by chance
 CASES = {
-    "kobart": (kobart, 16, 60),
-    "trained-like": (trained_like, 100, 100),
-    "qwen3": (qwen3, 8, 60),
-    "llama-3b": (llama_3b, 16, 100),
+    "kobart": (16, 60, 5, kobart, random_kobart),
+    "trained-like": (100, 100, 5, trained_like, None),
+    "qwen3": (8, 60, 5, qwen3, None),
+    "llama-3.2-3b": (16, 100, 4, None, random_causal),
+    "qwen3-4b": (16, 100, 4, None, random_causal),
 }
 
 
@@ -352,28 +368,46 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data", help="tokenizers and dialogues")
     parser.add_argument("--examples", type=int, help="how many prompts (default: the case's own)")
     parser.add_argument("--new-tokens", type=int, help="most new tokens (default: the case's own)")
+    parser.add_argument("--beams", type=int, help="default: the case's own")
+    parser.add_argument("--random", action="store_true", help="tokens by chance: needs no data")
+    parser.add_argument("--tiny", action="store_true", help="with --random: a toy of the same kind")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--only", nargs="+", choices=["generate", "ours", "graphs", "ctranslate2"], help="contenders")
     parser.add_argument("--output", type=Path, help="write the result as JSON")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    examples, new_tokens, beams, *_ = CASES[options.case]
+    options.examples, options.beams = options.examples or examples, options.beams or beams
+    options.new_tokens = options.new_tokens or (20 if options.tiny else new_tokens)
+    return options
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
-    if not arguments.data.exists():
+    if not arguments.random and not arguments.data.exists():
         print(f"no data at {arguments.data}: give --data", file=sys.stderr)
         return 2
+    build = CASES[arguments.case][-1 if arguments.random else -2]
+    if build is None:
+        print(
+            f"{arguments.case} is a case {'of real dialogues' if arguments.random else 'for --random'} only",
+            file=sys.stderr,
+        )
+        return 2
     torch.set_num_threads(arguments.threads)
-    build, examples, new_tokens = CASES[arguments.case]
-    case = build(arguments.data, arguments.examples or examples, arguments.new_tokens or new_tokens)
+    case = build(arguments)
     case.model.to(device=arguments.device, dtype=getattr(torch, arguments.dtype))
     contenders: dict[str, Callable] = {"generate": run_generate, "ours": run_ours}
     if arguments.device == "cuda":
         contenders["graphs"] = partial(run_ours, cuda_graphs=True)
-    if arguments.device == "cpu" and case.encoder_decoder and "ctranslate2" in (arguments.only or ["ctranslate2"]):
+    if (
+        arguments.device == "cpu"
+        and case.encoder_decoder
+        and case.tokenizer
+        and "ctranslate2" in (arguments.only or ["ctranslate2"])
+    ):
         if (run := ctranslate2_contender(case, arguments.threads)) is not None:
             contenders["ctranslate2"] = run
     contenders = {name: run for name, run in contenders.items() if name in (arguments.only or contenders)}

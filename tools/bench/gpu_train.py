@@ -2,9 +2,11 @@
 """QLoRA training at the exact shapes of real models, with random weights, on one CUDA GPU: memory, speed, utilisation.
 
     python tools/bench/gpu_train.py llama-3.2-3b qwen3-4b qwen3-8b [--rows 8] [--length 1024] [--answer 128] [--updates 10]
+    python tools/bench/gpu_train.py llama-3.2-3b --peer    # TRL's SFTTrainer on the same model and rows, and ours by its time
 
 The model is laid out without memory and quantised layer by layer, so that no full copy ever exists. Each shape runs in a
-process of its own and leaves a JSON file in tools/bench/results/. Nothing is written without a GPU.
+process of its own and leaves a JSON file in tools/bench/results/. Nothing is written without a GPU; `--device cpu --tiny`
+shows that it runs.
 
 Model FLOPs count what the mathematics needs: the forward pass and the gradients of the inputs (the frozen weights need
 none), attention, and the output head on supervised positions. Recomputing activations is not counted.
@@ -13,6 +15,7 @@ none), attention, and the output head on supervised positions. Recomputing activ
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import re
@@ -24,9 +27,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-RESULTS = Path(__file__).resolve().parent / "results"
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+sys.path[:0] = [str(ROOT), str(HERE)]
+RESULTS = HERE / "results"
+
+from shapes import SHAPES, values_of  # noqa: E402
 
 if TYPE_CHECKING:
     import torch
@@ -34,42 +40,6 @@ if TYPE_CHECKING:
 
     from engine.recipe.schema import Recipe
 
-_LLAMA = {"model_type": "llama", "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128_256, "rope_theta": 5e5}
-_QWEN3 = {"model_type": "qwen3", "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151_936, "rope_theta": 1e6}
-SHAPES: dict[str, dict[str, Any]] = {
-    "llama-3.2-3b": _LLAMA
-    | {
-        "hidden_size": 3072,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 24,
-        "tie_word_embeddings": True,
-    },
-    "llama-3-8b": _LLAMA
-    | {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "tie_word_embeddings": False,
-    },
-    "qwen3-4b": _QWEN3
-    | {
-        "hidden_size": 2560,
-        "intermediate_size": 9728,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 32,
-        "tie_word_embeddings": True,
-    },
-    "qwen3-8b": _QWEN3
-    | {
-        "hidden_size": 4096,
-        "intermediate_size": 12288,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 32,
-        "tie_word_embeddings": False,
-    },
-}
 GOALS_GIB = {"llama-3.2-3b": 6.0, "qwen3-4b": 8.0, "qwen3-8b": 12.0, "llama-3-8b": 12.0}
 # Dense 16-bit matrix products per second, from the makers' data sheets
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12, "T4": 65e12}
@@ -84,7 +54,7 @@ class Load:
     answer: int
 
 
-def measured_recipe(folder: Path, load: Load) -> Recipe:
+def measured_recipe(folder: Path, load: Load, device: torch.device) -> Recipe:
     """The recipe that this benchmark measures: the shipped QLoRA settings."""
     from engine.recipe.schema import Recipe
 
@@ -99,13 +69,15 @@ def measured_recipe(folder: Path, load: Load) -> Recipe:
             "learning_rate": 2e-5,
             "weight_decay": 0.1,
             "max_grad_norm": 1.2,
-            "optim": "paged_adamw_32bit",
+            "optim": "paged_adamw_32bit" if device.type == "cuda" else "adamw",
         },
         evaluation={"generate": False},
     )
 
 
-def build(values: dict[str, Any], recipe: Recipe, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def build(
+    values: dict[str, Any], recipe: Recipe, device: torch.device, dtype: torch.dtype, *, recompute: bool = True
+) -> nn.Module:
     """The model with random weights, linears in 4 bits, adapters on top; filled layer by layer."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -126,7 +98,8 @@ def build(values: dict[str, Any], recipe: Recipe, device: torch.device, dtype: t
     model.is_loaded_in_4bit = True
     model.config.name_or_path = "random"
     model = adapters.attach(model, recipe.lora, base_name="random", revision=None)
-    weights.recompute_activations(model, frozen_embeddings=True)
+    if recompute:
+        weights.recompute_activations(model, frozen_embeddings=True)
     return model.train()
 
 
@@ -242,53 +215,107 @@ def model_flops(values: dict[str, Any], load: Load, adapter_weights: int) -> flo
     return tokens * (4 * linear + 6 * adapter_weights + 3 * attention) + head
 
 
-def measure(shape: str, load: Load, count: int) -> dict[str, Any]:
+def measure(shape: str, load: Load, options: argparse.Namespace) -> dict[str, Any]:
     """One shape on the current GPU."""
     import torch
 
     from engine.models import adapters
     from engine.models.weights import default_precision
+    from engine.runtime.peak_memory import measured_peak
     from engine.training import memory
 
-    device = torch.device("cuda", 0)
-    torch.cuda.set_device(device)
+    device = torch.device("cuda", 0) if options.device == "cuda" else torch.device("cpu")
     precision = default_precision(device)
-    precision = "fp16" if precision == "fp32" else precision
-    values = SHAPES[shape]
+    precision = "fp16" if precision == "fp32" and device.type == "cuda" else precision
+    values = values_of(shape, options.tiny)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(values), encoding="utf-8")
-        recipe = measured_recipe(Path(folder), load)
+        recipe = measured_recipe(Path(folder), load, device)
         estimate = memory.estimate(recipe, precision=precision, device=device)
-    model = build(values, recipe, device, adapters.DTYPES[precision])
-    loaded = torch.cuda.memory_allocated(device)
+    dtype = adapters.DTYPES[precision]
+    model = build(values, recipe, device, dtype)
     adapter_weights = sum(p.numel() for p in model.parameters() if p.requires_grad)
     updates(model, recipe, load, device, precision, 2)  # warm-up: kernels, optimizer state
-    torch.cuda.reset_peak_memory_stats(device)
-    seconds = sorted(updates(model, recipe, load, device, precision, count))
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    seconds = sorted(updates(model, recipe, load, device, precision, options.updates))
     median = seconds[len(seconds) // 2]
-    name = torch.cuda.get_device_name(device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     peak_flops = next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
     used = model_flops(values, load, adapter_weights) / median
-    return {
+    found = {
         "shape": shape,
         "parameters": estimate["parameters"],
         "adapter_parameters": adapter_weights,
         "load": vars(load),
         "precision": precision,
-        "loaded_bytes": loaded,
-        "peak_bytes": torch.cuda.max_memory_allocated(device),
-        "reserved_bytes": torch.cuda.max_memory_reserved(device),
-        "estimated_peak_bytes": estimate["training_peak"],
+        "peak_gib": measured_peak(device),
+        "estimated_peak_gib": estimate["training_peak"] / 2**30,
         "goal_gib": GOALS_GIB[shape],
         "median_seconds": median,
         "fastest_seconds": seconds[0],
         "slowest_seconds": seconds[-1],
-        "updates": count,
+        "updates": options.updates,
         "tokens_per_second": load.rows * load.length / median,
         "model_flops_per_second": used,
         "mfu": None if peak_flops is None else used / peak_flops,
         **versions(name),
     }
+    if options.peer:
+        del model
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+        theirs = peer_seconds(build(values, recipe, device, dtype, recompute=False), recipe, load, options.updates)
+        found |= {"trl_median_seconds": theirs, "times_trl": theirs / median, "trl_peak_gib": measured_peak(device)}
+    return found
+
+
+def peer_seconds(model: nn.Module, recipe: Recipe, load: Load, count: int) -> float:
+    """Median seconds of an update of TRL's `SFTTrainer`, on rows of the same size, the same model and settings."""
+    import torch
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    moments: list[float] = []
+    device = next(model.parameters()).device
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            synchronise(device)
+            moments.append(time.perf_counter())
+
+    rows = load.rows * (count + 2)
+    ids = torch.randint(0, model.config.vocab_size, (rows, load.length), generator=torch.Generator().manual_seed(0))
+    mask = [[0] * (load.length - load.answer) + [1] * load.answer] * rows
+    training = recipe.training
+    with tempfile.TemporaryDirectory() as folder:
+        settings = SFTConfig(
+            output_dir=folder, max_steps=count + 2, per_device_train_batch_size=load.rows, max_length=None,
+            learning_rate=training.learning_rate, weight_decay=training.weight_decay,
+            max_grad_norm=training.max_grad_norm,
+            optim="adamw_torch" if training.optim == "adamw" else training.optim, gradient_checkpointing=True,
+            gradient_checkpointing_kwargs={"use_reentrant": False}, completion_only_loss=True,
+            bf16=device.type == "cuda", use_cpu=device.type == "cpu", save_strategy="no", report_to=[],
+            disable_tqdm=True, logging_steps=count + 2,
+        )  # fmt: skip
+        trainer = SFTTrainer(
+            model=model, args=settings, processing_class=any_tokenizer(),
+            train_dataset=Dataset.from_dict({"input_ids": ids.tolist(), "completion_mask": mask}), callbacks=[Clock()],
+        )  # fmt: skip
+        trainer.train()
+    laps = sorted(after - before for before, after in itertools.pairwise(moments[1:]))  # two updates warm up
+    return laps[len(laps) // 2]
+
+
+def any_tokenizer() -> Any:
+    """TRL wants one, although the rows come as token ids."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1}, unk_token="<pad>"))
+    return PreTrainedTokenizerFast(tokenizer_object=vocabulary, pad_token="<pad>", eos_token="</s>")
 
 
 def versions(device_name: str) -> dict[str, Any]:
@@ -310,31 +337,34 @@ def versions(device_name: str) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("shapes", nargs="+", choices=list(SHAPES))
+    parser.add_argument("shapes", nargs="+", choices=list(GOALS_GIB))
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--length", type=int, default=1024, help="tokens of a row")
     parser.add_argument("--answer", type=int, default=128, help="supervised tokens of a row")
     parser.add_argument("--updates", type=int, default=10)
+    parser.add_argument("--peer", action="store_true", help="measure TRL's trainer too")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the JSON files")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="a toy of the same kind")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     import torch
 
-    if not torch.cuda.is_available():
+    if options.device == "cuda" and not torch.cuda.is_available():
         print("this benchmark needs a CUDA GPU; nothing was measured and nothing was written", file=sys.stderr)
         return 4
-    if not options.here:
+    if not options.here and len(options.shapes) > 1:
         return max(in_child(shape) for shape in options.shapes)
     (shape,) = options.shapes
-    result = measure(shape, Load(options.rows, options.length, options.answer), options.updates)
+    result = measure(shape, Load(options.rows, options.length, options.answer), options)
     options.results.mkdir(parents=True, exist_ok=True)
     device = re.sub(r"[^a-z0-9]+", "-", result["device"].lower()).strip("-")
     path = options.results / f"gpu_train_{shape}_{device}.json"
     path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     mfu = "unknown" if result["mfu"] is None else f"{100 * result['mfu']:.1f} %"
     print(
-        f"{shape}: peak {result['peak_bytes'] / 2**30:.2f} GiB (goal {result['goal_gib']:g}, estimated "
-        f"{result['estimated_peak_bytes'] / 2**30:.2f}), {result['tokens_per_second']:,.0f} tokens/s, MFU {mfu} -> {path}"
+        f"{shape}: peak {result['peak_gib']:.2f} GiB (goal {result['goal_gib']:g}, estimated "
+        f"{result['estimated_peak_gib']:.2f}), {result['tokens_per_second']:,.0f} tokens/s, MFU {mfu} -> {path}"
     )
     return 0
 

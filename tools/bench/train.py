@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """This engine's training beside transformers' and TRL's trainers: the same model, rows, precision and batch size, in turns.
 
-    python tools/bench/train.py --shape bart|qwen3 --data DIALOGUES.csv --tokenizer FOLDER [--source TOKENS]
-                                [--updates N] [--rounds N] [--ranks 1|2] [--output FILE.json]
+    python tools/bench/train.py --shape bart|qwen3|kobart [--data DIALOGUES.csv --tokenizer FOLDER] [--source TOKENS]
+                                [--updates N] [--rounds N] [--ranks 1|2] [--precision bf16] [--output FILE.json]
 
 Models have random weights: `bart` is 3 + 3 layers of width 256 over 30,000 tokens; `qwen3` is 6 layers of width 512 over
-Qwen3's 151,936 tokens, on chat rows. Each contender trains in a process of its own, one after the other in each round; the
+Qwen3's 151,936 tokens, on chat rows; `kobart` is KoBART's, for a GPU. Without `--data` the quickstart's dialogues serve, in
+pairs, with a tokenizer trained on them. Each contender trains in a process of its own, one after the other in each round; the
 first update of each is not counted. Medians over rounds; ratios are to the first contender.
 
 `ours` has this project's defaults; `ours, in order` and `trainer, in order` see identical batches. TRL is measured where it
@@ -29,8 +30,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+sys.path[:0] = [str(ROOT), str(HERE)]
+
+import made_up  # noqa: E402
+from shapes import values_of  # noqa: E402
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,6 +62,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "rows": 8,
         "contenders": ("ours", "ours, in order", "trainer, in order", "trl"),
     },
+    "kobart": {"config": values_of("kobart"), "rows": 64, "contenders": ("ours", "trainer")},
 }  # fmt: skip
 
 
@@ -114,11 +120,11 @@ def _device() -> Any:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def write_model(shape: str, tokenizer: Path, folder: Path) -> None:
+def write_model(shape: str, tokenizer: Path, folder: Path, *, tiny: bool) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-    values = dict(SHAPES[shape]["config"])
+    values = values_of(shape, tiny=True) if tiny else dict(SHAPES[shape]["config"])
     config = AutoConfig.for_model(values.pop("model_type"), **values)
     torch.manual_seed(0)
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
@@ -140,7 +146,7 @@ def recipe_of(options: argparse.Namespace, work: Path, batching: str) -> Any:
         prompt={"style": "chat" if options.shape == "qwen3" else "plain"},
         training={
             "per_device_train_batch_size": SHAPES[options.shape]["rows"] // options.ranks, "max_steps": options.updates,
-            "precision": "fp32", "learning_rate": 1e-4, "logging_steps": 1,
+            "precision": options.precision, "learning_rate": 1e-4, "logging_steps": 1,
         },
         evaluation={"strategy": "no"},
         checkpoint={"strategy": "no"},
@@ -252,7 +258,7 @@ def prepared(options: argparse.Namespace, work: Path) -> tuple[ModelBundle, list
     from engine.models.build import build_model
 
     recipe = recipe_of(options, work, "length")
-    bundle = build_model(recipe, device=_device(), precision="fp32")
+    bundle = build_model(recipe, device=_device(), precision=options.precision)
     examples = rows.read_examples(recipe.data.train_file, recipe.data, require_summary=True)
     return bundle, encode.encode_all(bundle.text_encoder(), examples)
 
@@ -267,7 +273,7 @@ def arguments_of(options: argparse.Namespace, work: Path) -> dict[str, Any]:
         "save_strategy": "no",
         "report_to": [],
         "use_cpu": _device().type == "cpu",
-        "bf16": False,
+        "bf16": options.precision == "bf16",
         "gradient_checkpointing": False,
         "remove_unused_columns": False,
         "disable_tqdm": True,
@@ -306,6 +312,8 @@ def measured(options: argparse.Namespace, contender: str, model: Path) -> dict[s
         str(options.source),
         "--ranks",
         str(options.ranks),
+        "--precision",
+        options.precision,
         "--contender",
         contender,
         "--model",
@@ -321,18 +329,19 @@ def measured(options: argparse.Namespace, contender: str, model: Path) -> dict[s
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=list(SHAPES), required=True)
-    parser.add_argument("--data", type=Path, required=True, help="CSV with dialogue and summary columns")
+    parser.add_argument("--data", type=Path, help="CSV with dialogue and summary columns")
     parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer whose ids the shape's vocabulary holds")
     parser.add_argument("--source", type=int, default=512, help="most tokens of a dialogue")
     parser.add_argument("--updates", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--tiny", action="store_true", help="a toy of the shape kobart")
     parser.add_argument("--contenders", nargs="+", help="some of the shape's, the one to compare with first")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--contender", help=argparse.SUPPRESS)
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    options.data = options.data.resolve()
     if options.contender:
         contend(options)
         return 0
@@ -340,8 +349,11 @@ def main() -> int:
     missing = importlib.util.find_spec("trl") is None
     names = [name for name in names if name != "trl" or not missing]
     with tempfile.TemporaryDirectory() as folder:
-        model = Path(folder)
-        write_model(options.shape, options.tokenizer, model)
+        model = Path(folder) / "model"
+        if options.data is None:
+            options.data, options.tokenizer = made_up.write(Path(folder))
+        options.data = options.data.resolve()
+        write_model(options.shape, options.tokenizer, model, tiny=options.tiny)
         rounds = [{name: measured(options, name, model) for name in names} for _ in range(options.rounds)]
     medians = {
         name: {key: statistics.median(one[name][key] for one in rounds) for key in rounds[0][name]} for name in names
@@ -358,6 +370,7 @@ def main() -> int:
         "updates": options.updates,
         "rounds": options.rounds,
         "ranks": options.ranks,
+        "precision": options.precision,
         "device": str(_device()),
         "processors": os.cpu_count(),
         "medians": medians,
