@@ -58,9 +58,10 @@ class Learner(NamedTuple):
         own = self.states()
         check_alike(saved.scheduler, own["scheduler"], "schedule")
         check_alike(saved.scaler, own["scaler"], "scaler")
-        check_alike(saved.optimizer["param_groups"], own["optimizer"]["param_groups"], "optimizer")
-        optim.check_moments(self.optimizer, saved.optimizer)
-        self.optimizer.load_state_dict(sharding.parts_of_moments(self.optimizer, saved.optimizer))
+        optimizer = optim.as_saved(self.optimizer, saved.optimizer)
+        check_alike(optimizer["param_groups"], self.optimizer.state_dict()["param_groups"], "optimizer")
+        optim.check_moments(self.optimizer, optimizer)
+        self.optimizer.load_state_dict(sharding.parts_of_moments(self.optimizer, optimizer))
         self.schedule.load_state_dict(saved.scheduler)
         self.scaler.load_state_dict(saved.scaler)
 

@@ -149,7 +149,8 @@ def _load(
 def _learner(
     recipe: Recipe, runtime: Runtime, bundle: ModelBundle, model: nn.Module, updates_per_epoch: int
 ) -> Learner:
-    optimizer = optim.build_optimizer(parameter_groups(recipe, bundle), recipe.training, runtime.device)
+    fused = optim.may_fuse(model, runtime.precision, runtime.device)
+    optimizer = optim.build_optimizer(parameter_groups(recipe, bundle), recipe.training, runtime.device, fused=fused)
     total = optim.total_updates(recipe.training, updates_per_epoch)
     return Learner(model, optimizer, optim.build_schedule(optimizer, recipe.training, total), runtime.scaler())
 
