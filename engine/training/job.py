@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from engine.runtime.process import Runtime
 
 log = logging.getLogger("engine.train")
+_MOST_EVALUATION = 0.1  # share of the time above which a run is told
+_SPARED = 10.0  # seconds of evaluations that nobody minds
 
 
 class Learner(NamedTuple):
@@ -105,6 +107,7 @@ class Job:
         )
         self.progress = Progress(self.runtime, schedule, done=self.windows_done)
         self.clock = time.perf_counter()
+        self.told_share = False
 
     # Where we are
 
@@ -210,6 +213,7 @@ class Job:
         self.progress.evaluated(len(self.dev.examples), result.metrics["seconds"])
         self._compare_with_best(result.metrics.get(settings.metric))
         self._log_evaluation(result)
+        self._tell_share()
         nonfinite.check_evaluation(result.metrics.get("loss"), state.step, self.scaler, self.recipe.training)
         self.clock = time.perf_counter()
 
@@ -254,6 +258,22 @@ class Job:
             log.info("  prediction: %s", sample["prediction"])
         if warning := floors.alike_warning(result.rows):
             log.warning("step %d: %s", self.state.step, warning)
+
+    def _tell_share(self) -> None:
+        """Once, where evaluations take more of the time than they should; a run of seconds is spared."""
+        state = self.state
+        if self.told_share or state.evaluation_share <= _MOST_EVALUATION or state.evaluation_seconds < _SPARED:
+            return
+        self.told_share = True
+        log.warning(
+            "evaluations take %.0f%% of the time so far: evaluation.max_samples (rows), evaluation.strategy and "
+            "evaluation.steps (how often), generation.num_beams and generation.max_new_tokens lower it",
+            100 * state.evaluation_share,
+        )
+
+    def time_shares(self) -> dict[str, float] | None:
+        """What the time of a profiled run went to, by phase, on the main rank; None of others."""
+        return None
 
     @cached_property
     def floors(self) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from engine.training.batch_size import with_fitting_batch
 from engine.training.blueprint import blueprint
 from engine.training.evaluation import Split, try_scoring
 from engine.training.job import Job, Learner, TrainingRows
+from engine.training.profiling import ProfiledJob
 from engine.training.state import TrainerState
 
 if TYPE_CHECKING:
@@ -116,7 +117,8 @@ def prepare(
         logged_until = state.step if found or folder.reused else None
         tracker = Tracker(folder.path, runtime.accelerator, recipe, logged_until)
         trained_on = TrainingRows(splits.train, features, sampler)
-        job = Job(
+        kind = ProfiledJob if recipe.runtime.profile and runtime.is_main else Job
+        job = kind(
             recipe, runtime, bundle, learner, trained_on, dev, summarizer, store, tracker, state, len(splits.test)
         )
         if random_state is not None:
