@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from engine.checkpoints.state_files import check_alike
 from engine.checkpoints.store import EngineState
 from engine.data.collate import IGNORE_INDEX
+from engine.loss.cross_entropy import supervised_positions
 from engine.models import sharding
 from engine.models.bundle import save_model
 from engine.models.weights import weights_of
@@ -24,6 +25,7 @@ from engine.runtime import signals
 from engine.runtime.peak_memory import measured_peak
 from engine.scoring import floors
 from engine.training import evaluation, nonfinite, optim
+from engine.training.ahead import Ahead
 from engine.training.progress import Progress, Schedule
 from engine.training.state import TrainerState, Update, Window
 
@@ -106,6 +108,8 @@ class Job:
             test_rows=0 if self.summarizer is None else self.test_rows,
         )
         self.progress = Progress(self.runtime, schedule, done=self.windows_done)
+        computes_here = self.runtime.device.type == "cpu"  # then a second thread would only take its time
+        self.windows = self._make_window if computes_here else Ahead(self._make_window, self._following)
         self.clock = time.perf_counter()
         self.told_share = False
 
@@ -130,7 +134,14 @@ class Job:
     # Data
 
     def load_window(self, epoch: int, index: int) -> Window:
-        """This rank's micro-batches of one update, with the counts of the whole update: arithmetic, no collective."""
+        """This rank's micro-batches of one update. Beside a GPU, those of the next are made while it computes these."""
+        return self.windows(epoch, index)
+
+    def _following(self, epoch: int, index: int) -> tuple[int, int]:
+        return (epoch, index + 1) if index + 1 < self.sampler.updates_per_epoch else (epoch + 1, 0)
+
+    def _make_window(self, epoch: int, index: int) -> Window:
+        """With the counts of the whole update: arithmetic, no collective."""
         rows = self.sampler.global_window(epoch, index)
         together = sharding.is_sharded(self.model)  # then each pass over a layer is a meeting of all ranks
         batches = [self._collate(micro, rows) for micro in self.sampler.window(epoch, index, same_count=together)]
@@ -142,13 +153,12 @@ class Job:
         )
 
     def _collate(self, micro: list[int], rows: list[int]) -> dict[str, Tensor]:
-        if micro:
-            return self.bundle.collate([self.features[row] for row in micro])
-        # The last window had no row left for this rank, which must still take part in the gradients' exchange: a row with
-        # nothing supervised adds zero.
-        batch = self.bundle.collate([self.features[rows[0]]])
-        batch["labels"] = torch.full_like(batch["labels"], IGNORE_INDEX)
-        return batch
+        batch = self.bundle.collate([self.features[row] for row in micro or rows[:1]])
+        if not micro:
+            # The last window had no row left for this rank, which must still take part in the gradients' exchange: a row
+            # with nothing supervised adds zero.
+            batch["labels"] = torch.full_like(batch["labels"], IGNORE_INDEX)
+        return batch | {"supervised": supervised_positions(batch)}  # here, because a GPU would make this process wait
 
     # Logs
 

@@ -79,7 +79,7 @@ def as_saved(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> dict
     groups = []
     for own, group in zip(optimizer.param_groups, saved["param_groups"], strict=True):
         if "fused" in own:
-            if group["fused"] not in (None, True):
+            if group["fused"] is not None and group["fused"] is not True:
                 raise ValueError("optimizer.param_groups: fused is neither true nor null")
             own["fused"] = own["fused"] and group["fused"]
             group = group | {"fused": own["fused"]}

@@ -1,7 +1,7 @@
 """Where a run's time goes (`runtime.profile`): its shares by phase, a torch.profiler trace of a few updates, a page of both.
 
 The loop knows nothing of it. The job of a profiled run keeps a clock, and an update names its phases by calls that it makes
-anyway: moving a batch begins the forward pass, scaling the loss the backward pass, unscaling the gradients the optimizer's work.
+anyway: moving a batch begins the forward pass, scaling the loss the backward pass, unscaling gradients the optimizer's work.
 """
 
 from __future__ import annotations
@@ -163,7 +163,9 @@ class ProfiledJob(Job):
             trace.stop()
             self.operators = _operators(trace, self.state.step, on_gpu=self.runtime.device.type == "cuda")
             folder = self._folder()
-            with tempfile.TemporaryDirectory(prefix=".tmp-", dir=folder) as own:  # the profiler follows links, we do not
+            with tempfile.TemporaryDirectory(
+                prefix=".tmp-", dir=folder
+            ) as own:  # the profiler follows links, we do not
                 trace.export_chrome_trace(str(Path(own, _TRACE)))
                 os.replace(Path(own, _TRACE), folder / _TRACE)
         self._write_page()

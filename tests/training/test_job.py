@@ -39,7 +39,9 @@ def job_of(rank: int = 0, world_size: int = 1, **sections) -> Job:
     examples = [SimpleNamespace(id=f"row_{i}") for i in range(5)]
     return Job(
         recipe=Recipe(**sections),
-        runtime=SimpleNamespace(progress=lambda **settings: None, show_progress=False, is_main=True),
+        runtime=SimpleNamespace(
+            progress=lambda **settings: None, show_progress=False, is_main=True, device=torch.device("cpu")
+        ),
         bundle=SimpleNamespace(collate=lambda rows: collate_causal(rows, pad_token_id=0)),
         learner=learner_of(),
         rows=TrainingRows(examples, features, sampler),

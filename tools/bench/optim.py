@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Fused AdamW beside torch's default one: the optimizer's step and the whole update, in turns on one model.
+"""Fused AdamW beside torch's default one, and bf16 beside fp32: step and whole update, in turns on one model.
 
-    python tools/bench/optim.py [--shapes bart kobart] [--precision fp32|bf16] [--pairs N] [--output FILE.json]
+    python tools/bench/optim.py [--shapes bart kobart] [--rounds N] [--output FILE.json]
 
 `bart` is 3 + 3 layers of width 256, updates of 16 rows; `kobart` has KoBART's 6 + 6 layers of width 768, updates of 4. Weights
-and tokens are random. Each pair is one update by either optimizer, in changing order; times are medians over pairs: wall time
-on a GPU, on a CPU this process's CPU time, which other work on the machine disturbs less.
+and tokens are random. A round is one update in each way, in changing order; times are medians over rounds: wall time on a GPU,
+on a CPU this process's CPU time, which other work on the machine disturbs less. Ratios are to the way before.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import platform
 import statistics
 import sys
 import time
-from contextlib import nullcontext
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 VOCABULARY = 30_000
 SOURCE, TARGET = 192, 48  # tokens of a row
 SHAPES = {"bart": (256, 3, 4, 16), "kobart": (768, 6, 16, 4)}  # width, layers of each half, heads, rows of an update
-WAYS = {"unfused": False, "fused": True}
+WAYS = {"unfused": (False, "fp32"), "fused": (True, "fp32"), "fused, bf16": (True, "bf16")}  # optimizer, precision
 
 
 def build(shape: str) -> nn.Module:
@@ -61,7 +61,9 @@ def make_batch(rows: int) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, "decoder_input_ids": labels}
 
 
-def update(model: nn.Module, batch: dict[str, Tensor], optimizer: torch.optim.Optimizer, half: bool) -> dict[str, float]:
+def update(
+    model: nn.Module, batch: dict[str, Tensor], optimizer: torch.optim.Optimizer, precision: str
+) -> dict[str, float]:
     """Seconds of one whole update, and of the optimizer's step in it."""
     import torch
 
@@ -72,7 +74,7 @@ def update(model: nn.Module, batch: dict[str, Tensor], optimizer: torch.optim.Op
     clock = time.perf_counter if on_gpu else time.process_time
     wait = torch.cuda.synchronize if on_gpu else lambda: None
     started = clock()
-    with torch.autocast(device.type, torch.bfloat16) if half else nullcontext():
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
         loss = summed_cross_entropy(model, batch)
     (loss / (batch["labels"].numel())).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -92,27 +94,23 @@ def measure(shape: str, options: argparse.Namespace) -> dict[str, Any]:
     from engine.training import optim
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, half = build(shape).to(device), options.precision == "bf16"
+    model = build(shape).to(device)
     batch = {name: tensor.to(device) for name, tensor in make_batch(SHAPES[shape][3]).items()}
     optimizers = {
         way: optim.build_optimizer(optim.parameter_groups(model, 0.01), Training(), device, fused=fused)
-        for way, fused in WAYS.items()
+        for way, (fused, _) in WAYS.items()
     }
-    for optimizer in optimizers.values():  # the first step makes the moments
-        update(model, batch, optimizer, half)
+    for way, optimizer in optimizers.items():  # the first step makes the moments
+        update(model, batch, optimizer, WAYS[way][1])
     seconds: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
-    for pair in range(options.pairs):
-        for way in list(WAYS)[:: -1 if pair % 2 else 1]:
-            seconds[way].append(update(model, batch, optimizers[way], half))
+    for turn in range(options.rounds):
+        for way in list(WAYS)[:: -1 if turn % 2 else 1]:
+            seconds[way].append(update(model, batch, optimizers[way], WAYS[way][1]))
     result: dict[str, Any] = {"parameters": sum(parameter.numel() for parameter in model.parameters())}
     for part in ("step", "update"):
         medians = {way: statistics.median(one[part] for one in values) for way, values in seconds.items()}
-        pairs = [slow[part] / fast[part] for slow, fast in zip(seconds["unfused"], seconds["fused"], strict=True)]
-        result[part] = {
-            "median_seconds": medians,
-            "unfused_over_fused": medians["unfused"] / medians["fused"],
-            "median_of_pairs": statistics.median(pairs),
-        }
+        ratios = {f"{before} / {way}": medians[before] / medians[way] for before, way in pairwise(WAYS)}
+        result[part] = {"median_seconds": medians, "ratios": ratios}
     return result | {"all_seconds": seconds}
 
 
@@ -121,8 +119,7 @@ def main() -> int:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
-    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
-    parser.add_argument("--pairs", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--output", type=Path, help="write the result as JSON")
     options = parser.parse_args()
     record: dict[str, Any] = {
@@ -130,16 +127,16 @@ def main() -> int:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
-        "precision": options.precision,
-        "pairs": options.pairs,
+        "rounds": options.rounds,
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
         "shapes": {},
     }
     for shape in options.shapes:
         record["shapes"][shape] = found = measure(shape, options)
         for part in ("step", "update"):
-            times = "  ".join(f"{way} {value:.3f} s" for way, value in found[part]["median_seconds"].items())
-            print(f"{shape:7} {part:7} {times}  ratio {found[part]['unfused_over_fused']:.2f}", flush=True)
+            figures = [f"{way} {value:.3f} s" for way, value in found[part]["median_seconds"].items()]
+            figures += [f"{ways} {ratio:.2f}" for ways, ratio in found[part]["ratios"].items()]
+            print(f"{shape:7} {part:7} {'  '.join(figures)}", flush=True)
     if options.output:
         options.output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return 0
