@@ -147,7 +147,7 @@ class ProfiledJob(Job):
     # Trace
 
     def _start_trace(self) -> None:
-        with self.clock_of_phases.within("profiling"):
+        with self._apart():
             activities = [ProfilerActivity.CPU]
             activities += [ProfilerActivity.CUDA] if self.runtime.device.type == "cuda" else []
             self.trace = profile(activities=activities)
@@ -157,7 +157,7 @@ class ProfiledJob(Job):
         """Stop, write the trace, and the page as far as it is known: a run that is stopped later keeps both."""
         if self.trace is None:
             return
-        with self.clock_of_phases.within("profiling"):
+        with self._apart():
             self._annotate(None)
             trace, self.trace = self.trace, None
             trace.stop()
@@ -169,7 +169,14 @@ class ProfiledJob(Job):
                 trace.export_chrome_trace(str(Path(own, _TRACE)))
                 os.replace(Path(own, _TRACE), folder / _TRACE)
         self._write_page()
-        self.clock = time.perf_counter()  # no part of the next update
+
+    @contextmanager
+    def _apart(self) -> Iterator[None]:
+        """Work that is no part of the update around it."""
+        started = time.perf_counter()
+        with self.clock_of_phases.within("profiling"):
+            yield
+        self.clock += time.perf_counter() - started
 
     def _folder(self) -> Path:
         folder = self.run_dir / "profile"
