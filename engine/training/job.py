@@ -22,10 +22,10 @@ from engine.models.bundle import save_model
 from engine.models.weights import weights_of
 from engine.reporting.tracking import Tracker, write_predictions
 from engine.runtime import signals
+from engine.runtime.ahead import Ahead
 from engine.runtime.peak_memory import measured_peak
 from engine.scoring import floors
 from engine.training import evaluation, nonfinite, optim
-from engine.training.ahead import Ahead
 from engine.training.progress import Progress, Schedule
 from engine.training.state import TrainerState, Update, Window
 
