@@ -137,8 +137,8 @@ def main() -> int:
             figures = [f"{way} {value:.3f} s" for way, value in found[part]["median_seconds"].items()]
             figures += [f"{ways} {ratio:.2f}" for ways, ratio in found[part]["ratios"].items()]
             print(f"{shape:7} {part:7} {'  '.join(figures)}", flush=True)
-    if options.output:
-        options.output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        if options.output:
+            options.output.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return 0
 
 
