@@ -27,8 +27,14 @@ pytestmark = pytest.mark.slow
 
 SEED = int(os.environ.get("LINKS_SEED", "1"))
 KINDS = ("file", "folder", "nothing")
-CRITICAL = ("metrics.damaged.jsonl", "recipe.yaml", "train.log", "predictions", "tensorboard")
-OVERRIDES = ("checkpoint.strategy=steps", "checkpoint.steps=2", "evaluation.strategy=steps", "evaluation.steps=3")
+CRITICAL = ("metrics.damaged.jsonl", "recipe.yaml", "train.log", "predictions", "tensorboard", "profile")
+OVERRIDES = (
+    "checkpoint.strategy=steps",
+    "checkpoint.steps=2",
+    "evaluation.strategy=steps",
+    "evaluation.steps=3",
+    "runtime.profile=true",
+)
 
 
 def names_in(run):

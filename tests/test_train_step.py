@@ -9,10 +9,11 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.data.collate import IGNORE_INDEX
 from engine.errors import EngineError
-from engine.loss.cross_entropy import supervised_tokens
+from engine.loss.cross_entropy import supervised_positions, supervised_tokens
 from engine.recipe.schema import Training
 from engine.train import train_step
 from engine.training import optim
@@ -85,6 +86,33 @@ def test_an_update_moves_weights_and_schedule():
     assert update.learning_rate == rate and parts.schedule.get_last_lr()[0] < rate
     assert not torch.equal(before, parts.weights())
     assert all(parameter.grad is None for parameter in parts.model.parameters())
+
+
+class Waits(TorchDispatchMode):
+    """Operators for whose result a GPU would be waited for."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), settings=None):
+        name = function.overloadpacket.__name__
+        if name in ("nonzero", "_local_scalar_dense", "is_nonzero", "equal", "masked_select", "_unique2"):
+            self.names.append(name)
+        return function(*arguments, **(settings or {}))
+
+
+def test_an_update_waits_for_the_device_only_to_read_loss_and_norm():
+    """`tolist` is that read; it is no operator here. The places of the labels come with the batch."""
+    parts = Parts()
+    parts.step()  # the first one also tries the head
+    window = parts.window()
+    for expected in (["nonzero"] * 2, []):
+        with Waits() as waits:
+            parts.step(window)
+        assert waits.names == expected
+        for batch in window.batches:
+            batch["supervised"] = supervised_positions(batch)
 
 
 def test_gradients_are_clipped_to_the_norm_that_is_told():

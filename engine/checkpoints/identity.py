@@ -26,6 +26,7 @@ FREE = (
     "training.logging_steps",
     "evaluation.num_samples",
     "runtime.timeout_seconds",
+    "runtime.profile",
     "model.use_safetensors",
 )
 # Keys that may change when the user says so: the run stays well defined, though no longer the same bit for bit.

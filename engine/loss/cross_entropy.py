@@ -36,18 +36,24 @@ def supervised_tokens(batch: Mapping[str, Tensor]) -> Tensor:
     return (aligned_labels(batch) != IGNORE_INDEX).sum()
 
 
+def supervised_positions(batch: Mapping[str, Tensor]) -> Tensor:
+    """Places (N,) of the supervised tokens among the B*T of `aligned_labels`, int64. On a GPU this waits for the device."""
+    return (aligned_labels(batch).reshape(-1) != IGNORE_INDEX).nonzero().squeeze(1)
+
+
 def summed_cross_entropy(model: nn.Module, batch: Mapping[str, Tensor], *, label_smoothing: float = 0.0) -> Tensor:
     """Sum of the token cross-entropies of one micro-batch, float32 scalar, 0 where nothing is supervised.
 
     Args:
         model: a transformers model with an LM head, possibly wrapped by PEFT or DistributedDataParallel.
-        batch: what the family's collator returns; `labels` (B, T) hold IGNORE_INDEX at unsupervised positions.
+        batch: what the family's collator returns; `labels` (B, T) hold IGNORE_INDEX at unsupervised positions. Where it also
+            holds `supervised`, their `supervised_positions`, a GPU is not waited for.
         label_smoothing: share of the target probability spread evenly over the vocabulary (Szegedy et al., 2016).
     """
     labels = aligned_labels(batch).reshape(-1)  # (B*T,)
-    positions = (labels != IGNORE_INDEX).nonzero().squeeze(1)  # (N,); a host sync, paid back by the smaller head
+    positions = batch["supervised"] if "supervised" in batch else supervised_positions(batch)  # (N,)
     targets = labels[positions]
-    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    inputs = {name: tensor for name, tensor in batch.items() if name not in ("labels", "supervised")}
     plain = bare(model)
     head = plain.get_output_embeddings()
     caught: list[Tensor] = []  # the supervised hidden states (N, D), and their loss

@@ -244,6 +244,7 @@ class Runtime(Section):
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda|cuda:[0-9]{1,3})\z", json_schema_extra={"expected": "one of auto, cpu, cuda, cuda:<number>"}, description="auto takes the GPU of the local rank where there is one.")
     deterministic: bool = Field(False, description="Deterministic kernels only; slower on GPUs.")
     timeout_seconds: Positive = Field(1800, description="How long a rank waits for another in a collective.")
+    profile: bool = Field(False, description="Write profile/summary.txt, the shares of data, forward, backward, optimizer, waiting, evaluation and saving, and a trace of two updates beside it.")
     num_threads: Positive | None = Field(None, le=1024, description="CPU threads; null leaves torch's choice.")
     emulate_fp16_on_cpu: bool = Field(False, description="Tests only: fp16 with a real GradScaler on the CPU, so that overflows and skipped updates are tried without a GPU.")
 

@@ -76,6 +76,7 @@ _THEIRS = {
     "tracking.wandb_project": "wandb_project_name project",
     "runtime.device": "cuda gpu",
     "runtime.timeout_seconds": "ddp_timeout timeout",
+    "runtime.profile": "profiler torch_profiler profile_steps",
 }
 CANONICAL = {theirs: ours for ours, names in _THEIRS.items() for theirs in names.split()}
 # Keys that need no counterpart here, and why.

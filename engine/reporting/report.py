@@ -33,7 +33,12 @@ def result_lines(record: Mapping[str, Any], run_dir: Path) -> list[str]:
     step, value, evaluating = record["best_step"], record["best_value"], record["evaluation_seconds"]
     took = duration(record["train_seconds"] + evaluating)
     why = "" if record["stop_reason"] == "done" else f"; stopped early, {record['stop_reason']}"
-    lines = [f"done: {record['last_step']} updates in {took}, {duration(evaluating)} of it evaluations{why}"]
+    share = f"{duration(evaluating)} of it evaluations ({record['evaluation_share']:.0%})"
+    lines = [f"done: {record['last_step']} updates in {took}, {share}{why}"]
+    if "profile" in record:
+        longest = sorted(record["profile"].items(), key=lambda item: -item[1])
+        shares = ", ".join(f"{phase} {share:.0%}" for phase, share in longest if share >= 0.005)
+        lines.append(f"profile: {shares}; {from_here(run_dir / 'profile' / 'summary.txt')}")
     if value is not None:
         lines.append(f"best: step {step}, {record['best_metric']} {value:.4g}{_scores(record['metrics'])}")
         lines += _floors(record)

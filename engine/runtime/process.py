@@ -228,8 +228,13 @@ class Runtime(AbstractContextManager):
         return torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
 
     def to_device(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The batch on this rank's device; copies from pinned memory overlap with computation. Notes its `shapes`."""
+        """A batch in host memory on this rank's device. Notes its `shapes`.
+
+        A GPU fetches it from pinned memory when its turn comes; from other memory this process would wait for that.
+        """
         self.shapes = {name: tuple(tensor.shape) for name, tensor in batch.items()}
+        if self.device.type == "cuda":
+            batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
 
     def progress(self, **settings: Any) -> Any:

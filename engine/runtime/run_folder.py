@@ -21,7 +21,7 @@ MANIFEST = "manifest.json"  # of a checkpoint, written last
 CHECKPOINT = re.compile(r"checkpoint-(0|[1-9]\d{0,17})")  # folder name of a checkpoint, with its step
 # What a run writes to by name. Checkpoints are renamed into place and looked at by their own room, as is the lock.
 _WRITTEN = re.compile(
-    r"recipe\.yaml|train\.log|metrics(\.damaged)?\.jsonl|tensorboard|wandb|predictions|(best|last|results)\.json"
+    r"recipe\.yaml|train\.log|metrics(\.damaged)?\.jsonl|tensorboard|wandb|predictions|profile|(best|last|results)\.json"
     r"|run_status(\.rank\d+)?\.json|final_model|\.tmp-.*|\..*\.partial"
 )
 _GIVE = "give a checkpoint folder, a run folder, or auto"
@@ -124,7 +124,7 @@ def refuse_links(folder: Path) -> None:
     Raises:
         EngineError: E6.8 for a link, a pipe or a device under a name that a run writes to.
     """
-    inner = [entry for name in ("predictions", "tensorboard") for entry in _entries(folder / name)]
+    inner = [entry for name in ("predictions", "tensorboard", "profile") for entry in _entries(folder / name)]
     for entry in [entry for entry in _entries(folder) if _WRITTEN.fullmatch(entry.name)] + inner:
         refuse_link(entry)
 

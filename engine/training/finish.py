@@ -39,6 +39,7 @@ _NOT_MODEL = {"engine_state", "manifest.json"}
 def write_results(job: Job, test: list[Example]) -> dict[str, Any]:
     """Everything after the last update; `test` may be empty. Returns the content of `results.json`."""
     job.progress.close()
+    shares = job.time_shares()
     job.store.wait()
     best = job.state.best_step if job.state.best_step is not None else job.state.saved_step
     checkpoint = job.run_dir / f"checkpoint-{best}"
@@ -46,7 +47,7 @@ def write_results(job: Job, test: list[Example]) -> dict[str, Any]:
         if job.runtime.is_main:
             write_final_model(checkpoint, job)
     tested = _predict_test(job, test, checkpoint, best)
-    record = _record(job, best, tested)
+    record = _record(job, best, tested) | ({"profile": shares} if shares else {})
     with job.runtime.ranks.together("writing results"):
         if job.runtime.is_main:
             append_result(Path(job.recipe.experiment.output_root) / "results.csv", _row(record, job.recipe))
@@ -102,7 +103,6 @@ def _predict_test(job: Job, test: list[Example], checkpoint: Path, step: int) ->
 def _record(job: Job, best: int, tested: Mapping[str, Any]) -> dict[str, Any]:
     state = job.state
     rows = [row for row in read_rows(job.run_dir / "metrics.jsonl") if row["split"] == "dev" and row["step"] == best]
-    total = state.train_seconds + state.evaluation_seconds
     return {
         "run": job.run_dir.name,
         "final_model_path": str(job.run_dir / "final_model"),
@@ -120,7 +120,7 @@ def _record(job: Job, best: int, tested: Mapping[str, Any]) -> dict[str, Any]:
         "stop_reason": state.stop_reason or "done",
         "train_seconds": state.train_seconds,
         "evaluation_seconds": state.evaluation_seconds,
-        "evaluation_share": state.evaluation_seconds / total if total else 0.0,
+        "evaluation_share": state.evaluation_share,
         "model": job.bundle.report | {"name_or_path": job.recipe.model.name_or_path},
         "world_size": job.runtime.world_size,
         "versions": {name: version(name) for name in ("torch", "transformers", "accelerate", "peft")}

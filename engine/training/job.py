@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from engine.checkpoints.state_files import check_alike
 from engine.checkpoints.store import EngineState
 from engine.data.collate import IGNORE_INDEX
+from engine.loss.cross_entropy import supervised_positions
 from engine.models import sharding
 from engine.models.bundle import save_model
 from engine.models.weights import weights_of
 from engine.reporting.tracking import Tracker, write_predictions
 from engine.runtime import signals
+from engine.runtime.ahead import Ahead
 from engine.runtime.peak_memory import measured_peak
 from engine.scoring import floors
 from engine.training import evaluation, nonfinite, optim
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
     from engine.runtime.process import Runtime
 
 log = logging.getLogger("engine.train")
+_MOST_EVALUATION = 0.1  # share of the time above which a run is told
+_SPARED = 10.0  # seconds of evaluations that nobody minds
 
 
 class Learner(NamedTuple):
@@ -58,9 +62,10 @@ class Learner(NamedTuple):
         own = self.states()
         check_alike(saved.scheduler, own["scheduler"], "schedule")
         check_alike(saved.scaler, own["scaler"], "scaler")
-        check_alike(saved.optimizer["param_groups"], own["optimizer"]["param_groups"], "optimizer")
-        optim.check_moments(self.optimizer, saved.optimizer)
-        self.optimizer.load_state_dict(sharding.parts_of_moments(self.optimizer, saved.optimizer))
+        optimizer = optim.as_saved(self.optimizer, saved.optimizer)
+        check_alike(optimizer["param_groups"], self.optimizer.state_dict()["param_groups"], "optimizer")
+        optim.check_moments(self.optimizer, optimizer)
+        self.optimizer.load_state_dict(sharding.parts_of_moments(self.optimizer, optimizer))
         self.schedule.load_state_dict(saved.scheduler)
         self.scaler.load_state_dict(saved.scaler)
 
@@ -103,7 +108,10 @@ class Job:
             test_rows=0 if self.summarizer is None else self.test_rows,
         )
         self.progress = Progress(self.runtime, schedule, done=self.windows_done)
+        computes_here = self.runtime.device.type == "cpu"  # then a second thread would only take its time
+        self.windows = self._make_window if computes_here else Ahead(self._make_window, self._following)
         self.clock = time.perf_counter()
+        self.told_share = False
 
     # Where we are
 
@@ -126,7 +134,14 @@ class Job:
     # Data
 
     def load_window(self, epoch: int, index: int) -> Window:
-        """This rank's micro-batches of one update, with the counts of the whole update: arithmetic, no collective."""
+        """This rank's micro-batches of one update. Beside a GPU, those of the next are made while it computes these."""
+        return self.windows(epoch, index)
+
+    def _following(self, epoch: int, index: int) -> tuple[int, int]:
+        return (epoch, index + 1) if index + 1 < self.sampler.updates_per_epoch else (epoch + 1, 0)
+
+    def _make_window(self, epoch: int, index: int) -> Window:
+        """With the counts of the whole update: arithmetic, no collective."""
         rows = self.sampler.global_window(epoch, index)
         together = sharding.is_sharded(self.model)  # then each pass over a layer is a meeting of all ranks
         batches = [self._collate(micro, rows) for micro in self.sampler.window(epoch, index, same_count=together)]
@@ -138,13 +153,12 @@ class Job:
         )
 
     def _collate(self, micro: list[int], rows: list[int]) -> dict[str, Tensor]:
-        if micro:
-            return self.bundle.collate([self.features[row] for row in micro])
-        # The last window had no row left for this rank, which must still take part in the gradients' exchange: a row with
-        # nothing supervised adds zero.
-        batch = self.bundle.collate([self.features[rows[0]]])
-        batch["labels"] = torch.full_like(batch["labels"], IGNORE_INDEX)
-        return batch
+        batch = self.bundle.collate([self.features[row] for row in micro or rows[:1]])
+        if not micro:
+            # The last window had no row left for this rank, which must still take part in the gradients' exchange: a row
+            # with nothing supervised adds zero.
+            batch["labels"] = torch.full_like(batch["labels"], IGNORE_INDEX)
+        return batch | {"supervised": supervised_positions(batch)}  # here, because a GPU would make this process wait
 
     # Logs
 
@@ -209,6 +223,7 @@ class Job:
         self.progress.evaluated(len(self.dev.examples), result.metrics["seconds"])
         self._compare_with_best(result.metrics.get(settings.metric))
         self._log_evaluation(result)
+        self._tell_share()
         nonfinite.check_evaluation(result.metrics.get("loss"), state.step, self.scaler, self.recipe.training)
         self.clock = time.perf_counter()
 
@@ -253,6 +268,22 @@ class Job:
             log.info("  prediction: %s", sample["prediction"])
         if warning := floors.alike_warning(result.rows):
             log.warning("step %d: %s", self.state.step, warning)
+
+    def _tell_share(self) -> None:
+        """Once, where evaluations take more of the time than they should; a run of seconds is spared."""
+        state = self.state
+        if self.told_share or state.evaluation_share <= _MOST_EVALUATION or state.evaluation_seconds < _SPARED:
+            return
+        self.told_share = True
+        log.warning(
+            "evaluations take %.0f%% of the time so far: evaluation.max_samples (rows), evaluation.strategy and "
+            "evaluation.steps (how often), generation.num_beams and generation.max_new_tokens lower it",
+            100 * state.evaluation_share,
+        )
+
+    def time_shares(self) -> dict[str, float] | None:
+        """What the time of a profiled run went to, by phase, on the main rank; None of others."""
+        return None
 
     @cached_property
     def floors(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from engine.errors import EngineError
+from engine.models import sharding
 
 if TYPE_CHECKING:
     from engine.recipe.schema import Training
@@ -29,8 +30,13 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [group for group in groups if group["params"]]
 
 
-def build_optimizer(groups: list[dict[str, Any]], training: Training, device: torch.device) -> torch.optim.Optimizer:
+def build_optimizer(
+    groups: list[dict[str, Any]], training: Training, device: torch.device, *, fused: bool = False
+) -> torch.optim.Optimizer:
     """AdamW (Loshchilov and Hutter, 2019) by torch, or one of bitsandbytes' with 8-bit or paged state.
+
+    Args:
+        fused: torch's AdamW in one kernel for each group; see `may_fuse`.
 
     Raises:
         EngineError: E2 when a paged optimizer is asked for without CUDA, whose unified memory it lives in.
@@ -41,8 +47,7 @@ def build_optimizer(groups: list[dict[str, Any]], training: Training, device: to
         "eps": training.adam_epsilon,
     }
     if training.optim == "adamw":
-        # Unfused on purpose under fp16: GradScaler cannot see whether a fused step was skipped.
-        return torch.optim.AdamW(groups, **settings)
+        return torch.optim.AdamW(groups, **settings, fused=fused or None)
     if training.optim.startswith("paged") and device.type != "cuda":
         what = f"training.optim: {training.optim} keeps its state in CUDA unified memory, and this run has no GPU"
         raise EngineError("E2.20", what, f"device {device}", "set training.optim=adamw or adamw_8bit")
@@ -54,6 +59,32 @@ def build_optimizer(groups: list[dict[str, Any]], training: Training, device: to
         "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit,
     }
     return factories[training.optim](groups, **settings)
+
+
+def may_fuse(model: nn.Module, precision: str, device: torch.device) -> bool:
+    """Whether AdamW's step may be one fused kernel: where that was measured to be faster, and is known to be safe.
+
+    On CPUs only (`tools/bench/optim.py`; no GPU has been measured). Never under fp16, where GradScaler cannot see whether a
+    fused step was skipped; and not for parts of a sharded model.
+    """
+    return device.type == "cpu" and precision != "fp16" and not sharding.is_sharded(model)
+
+
+def as_saved(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The saved state of an optimizer whose step this run can take; its groups and `optimizer`'s then agree in `fused`.
+
+    A fused step rounds differently, so a resumed run keeps the kernel of its checkpoint: of an earlier version's, too.
+    Raises: ValueError for a `fused` that is none.
+    """
+    groups = []
+    for own, group in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+        if "fused" in own:
+            if group["fused"] is not None and group["fused"] is not True:
+                raise ValueError("optimizer.param_groups: fused is neither true nor null")
+            own["fused"] = own["fused"] and group["fused"]
+            group = group | {"fused": own["fused"]}
+        groups.append(group)
+    return dict(saved) | {"param_groups": groups}
 
 
 def check_moments(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:

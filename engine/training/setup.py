@@ -23,6 +23,7 @@ from engine.training.batch_size import with_fitting_batch
 from engine.training.blueprint import blueprint
 from engine.training.evaluation import Split, try_scoring
 from engine.training.job import Job, Learner, TrainingRows
+from engine.training.profiling import ProfiledJob
 from engine.training.state import TrainerState
 
 if TYPE_CHECKING:
@@ -116,7 +117,8 @@ def prepare(
         logged_until = state.step if found or folder.reused else None
         tracker = Tracker(folder.path, runtime.accelerator, recipe, logged_until)
         trained_on = TrainingRows(splits.train, features, sampler)
-        job = Job(
+        kind = ProfiledJob if recipe.runtime.profile and runtime.is_main else Job
+        job = kind(
             recipe, runtime, bundle, learner, trained_on, dev, summarizer, store, tracker, state, len(splits.test)
         )
         if random_state is not None:
@@ -149,7 +151,8 @@ def _load(
 def _learner(
     recipe: Recipe, runtime: Runtime, bundle: ModelBundle, model: nn.Module, updates_per_epoch: int
 ) -> Learner:
-    optimizer = optim.build_optimizer(parameter_groups(recipe, bundle), recipe.training, runtime.device)
+    fused = optim.may_fuse(model, runtime.precision, runtime.device)
+    optimizer = optim.build_optimizer(parameter_groups(recipe, bundle), recipe.training, runtime.device, fused=fused)
     total = optim.total_updates(recipe.training, updates_per_epoch)
     return Learner(model, optimizer, optim.build_schedule(optimizer, recipe.training, total), runtime.scaler())
 

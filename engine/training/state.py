@@ -70,6 +70,11 @@ class TrainerState:
             self.skipped += 1
             self.skipped_in_a_row += 1
 
+    @property
+    def evaluation_share(self) -> float:
+        """Of the time of all updates and evaluations."""
+        return self.evaluation_seconds / max(self.train_seconds + self.evaluation_seconds, 1e-9)
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe; floats come back to the bit."""
         return asdict(self)

@@ -33,6 +33,29 @@ def test_settings_the_machine_cannot_serve(tmp_path, monkeypatch, caplog):
         process.start(recipe_for(tmp_path))
 
 
+def test_batches_reach_a_gpu_from_pinned_memory():
+    import torch
+
+    class Host:
+        """A tensor, as far as moving it goes."""
+
+        shape, pinned = (2, 3), False
+
+        def pin_memory(self):
+            pinned = Host()
+            pinned.pinned = True
+            return pinned
+
+        def to(self, device, *, non_blocking):
+            return self.pinned, device.type, non_blocking
+
+    runtime = process.Runtime.__new__(process.Runtime)
+    for device, pinned in (("cuda", True), ("cpu", False)):
+        runtime.device = torch.device(device)
+        assert runtime.to_device({"labels": Host()}) == {"labels": (pinned, device, True)}
+    assert runtime.shapes == {"labels": (2, 3)}
+
+
 def test_the_environment_cannot_change_accumulation_or_precision(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")

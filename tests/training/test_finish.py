@@ -107,6 +107,14 @@ def test_the_table_says_what_may_be_compared(tmp_path):
         assert rows_sha256(list(csv.DictReader(file))) == first["dev_sha256"]
 
 
+def test_the_share_of_evaluations_is_told(trained):
+    folder, results = trained
+    total = results["train_seconds"] + results["evaluation_seconds"]
+    assert results["evaluation_share"] == pytest.approx(results["evaluation_seconds"] / total) and total > 0
+    log = (folder / "run" / "train.log").read_text(encoding="utf-8")
+    assert f"of it evaluations ({results['evaluation_share']:.0%})" in log and "profile:" not in log
+
+
 def test_best_weights_are_the_final_model(trained):
     from safetensors.torch import load_file
 

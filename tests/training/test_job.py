@@ -13,6 +13,7 @@ from engine.data.collate import IGNORE_INDEX, collate_causal
 from engine.data.encode import Feature
 from engine.data.windows import WindowSampler
 from engine.recipe.schema import Recipe
+from engine.runtime.ahead import Ahead
 from engine.training import evaluation, optim
 from engine.training.job import Job, Learner, TrainingRows
 from engine.training.state import TrainerState
@@ -39,7 +40,9 @@ def job_of(rank: int = 0, world_size: int = 1, **sections) -> Job:
     examples = [SimpleNamespace(id=f"row_{i}") for i in range(5)]
     return Job(
         recipe=Recipe(**sections),
-        runtime=SimpleNamespace(progress=lambda **settings: None, show_progress=False, is_main=True),
+        runtime=SimpleNamespace(
+            progress=lambda **settings: None, show_progress=False, is_main=True, device=torch.device("cpu")
+        ),
         bundle=SimpleNamespace(collate=lambda rows: collate_causal(rows, pad_token_id=0)),
         learner=learner_of(),
         rows=TrainingRows(examples, features, sampler),
@@ -62,6 +65,19 @@ def test_a_rank_without_rows_takes_part_with_a_batch_that_supervises_nothing():
     window = job_of(rank=1, world_size=2).load_window(0, 1)
     assert window.ids == ["row_4"] and window.tokens == 5
     assert [set(batch["labels"].flatten().tolist()) for batch in window.batches] == [{IGNORE_INDEX}]
+
+
+def test_a_job_beside_a_gpu_gets_the_same_windows():
+    plain, ahead = job_of(), job_of()
+    ahead.runtime.device = torch.device("cuda")
+    ahead.__post_init__()
+    assert isinstance(ahead.windows, Ahead) and not isinstance(plain.windows, Ahead)
+    places = [(epoch, index) for epoch in range(2) for index in range(plain.sampler.updates_per_epoch)]
+    for place in places:
+        ours, theirs = ahead.load_window(*place), plain.load_window(*place)
+        assert ours.ids == theirs.ids
+        for one, other in zip(ours.batches, theirs.batches, strict=True):
+            assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_a_learner_gets_its_states_back_and_refuses_those_of_another():
@@ -102,6 +118,20 @@ def test_the_best_evaluation(monkeypatch, metric, values, best):
         job.state.step = step
         job.evaluate()
     assert job.state.best_step == best and job.state.evaluated_step == len(values)
+
+
+@pytest.mark.parametrize(
+    ("training", "evaluating", "told"),
+    [(80.0, 20.0, 1), (950.0, 50.0, 0), (2.0, 1.0, 0)],
+    ids=["long", "fine", "short"],
+)
+def test_a_run_that_evaluates_for_long_is_told_once(caplog, training, evaluating, told):
+    job = job_of()
+    job.state.train_seconds, job.state.evaluation_seconds = training, evaluating
+    for _ in range(2):
+        job._tell_share()
+    assert caplog.text.count("evaluations take") == told
+    assert not told or ("20%" in caplog.text and "evaluation.max_samples" in caplog.text)
 
 
 def test_early_stopping_and_best_by_loss(tmp_path):

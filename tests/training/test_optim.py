@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import tiny
 import torch
@@ -72,6 +74,54 @@ def test_8bit_optimizer_steps_on_the_cpu():
     model(input_ids=torch.tensor([[5, 6, 7]]), labels=torch.tensor([[5, 6, 7]])).loss.backward()
     optimizer.step()
     assert not torch.equal(before, model.lm_head.weight)
+
+
+def stepped(optimizer, model) -> None:
+    for _ in range(3):
+        model(torch.ones(1, 6)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def copied(optimizer, *, fused) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """A model and an optimizer that have taken a saved state over."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(6, 5)
+    other = optim.build_optimizer(
+        optim.parameter_groups(model, 0.1), Training(learning_rate=0.1), torch.device("cpu"), fused=fused
+    )
+    if optimizer is not None:
+        other.load_state_dict(optim.as_saved(other, copy.deepcopy(optimizer.state_dict())))
+    return model, other
+
+
+@pytest.mark.parametrize(("saved", "able", "goes_on"), [(1, 1, True), (0, 1, None), (1, 0, None), (0, 0, None)])
+def test_a_resumed_optimizer_keeps_its_kernel_where_the_run_can(saved, able, goes_on):
+    """Fused and unfused steps round differently: a checkpoint of an earlier version goes on unfused."""
+    first, optimizer = copied(None, fused=bool(saved))
+    stepped(optimizer, first)
+    second, resumed = copied(optimizer, fused=bool(able))
+    assert [group["fused"] for group in resumed.param_groups] == [goes_on] * 2
+    second.load_state_dict(first.state_dict())
+    stepped(optimizer, first)
+    stepped(resumed, second)
+    exact = (goes_on or None) == (saved or None)
+    for one, other in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(one, other) if exact else torch.allclose(one, other, atol=1e-6)
+
+
+def test_a_kernel_that_is_none_is_refused():
+    _, optimizer = copied(None, fused=True)
+    saved = optimizer.state_dict()
+    for value in (False, 1, "yes"):
+        saved["param_groups"][0]["fused"] = value
+        with pytest.raises(ValueError, match="fused"):
+            optim.as_saved(optimizer, saved)
+
+
+@pytest.mark.parametrize(("precision", "device", "fuses"), [("fp32", "cpu", 1), ("bf16", "cpu", 1), ("fp16", "cpu", 0)])
+def test_a_loss_scaler_must_see_skipped_steps(precision, device, fuses):
+    assert optim.may_fuse(torch.nn.Linear(2, 2), precision, torch.device(device)) == bool(fuses)
 
 
 @pytest.mark.parametrize("name", ["paged_adamw_32bit", "paged_adamw_8bit"])

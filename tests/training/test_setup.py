@@ -50,3 +50,13 @@ def test_validation_dialogues_must_not_be_training_dialogues(tmp_path):
     with pytest.raises(EngineError, match=r"E3\.7"):
         setup.read_splits(Recipe(data=files), ALONE)
     assert len(setup.read_splits(Recipe(data=files | {"allow_overlap": True}), ALONE).dev) == 5
+
+
+def test_bf16_on_a_cpu_trains_as_fp32_does_within_its_precision(tmp_path):
+    recipe = runs.write_recipe(tmp_path, evaluation__strategy="no", checkpoint__strategy="no")
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        run = tmp_path / precision
+        runs.train(recipe, f"training.precision={precision}", f"experiment.output_dir={run}")
+        losses[precision] = [row["loss"] for row in runs.rows_of(run)]
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.01) and losses["bf16"] != losses["fp32"]
