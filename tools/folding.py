@@ -12,7 +12,7 @@ import subprocess
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
@@ -249,17 +249,19 @@ class Folds(AbstractContextManager):
         return code
 
     def _work(self, todo: deque[Fold], gpu: str | None) -> None:
-        with suppress(IndexError):
-            while not self._stopped_by:
+        while not self._stopped_by:
+            try:
                 fold = todo.popleft()
-                try:
-                    self._bring_to_end(fold, gpu)
-                except Failed as failure:
-                    fold.reason = str(failure)
-                    self._tell(f"fold {fold.number + 1} failed: {fold.reason}")
-                except BaseException:
-                    todo.clear()
-                    raise
+            except IndexError:
+                return
+            try:
+                self._bring_to_end(fold, gpu)
+            except Failed as failure:
+                fold.reason = str(failure)
+                self._tell(f"fold {fold.number + 1} failed: {fold.reason}")
+            except BaseException:
+                todo.clear()  # the other workers end with the folds that they have begun
+                raise
 
     def _bring_to_end(self, fold: Fold, gpu: str | None) -> None:
         run, name = self._run(fold), f"fold {fold.number + 1}"
@@ -289,7 +291,7 @@ class Folds(AbstractContextManager):
             fold.scores = rouge.rouge_rows(predictions, references, self.recipe.evaluation.rouge_tokenizer)
             fold.predictions = predictions
         except (EngineError, OSError, ValueError, KeyError) as error:
-            raise Failed(f"its predictions cannot be used: {error}") from error
+            raise Failed(f"its predictions cannot be used: {error}; remove {run} to train it again") from error
 
     def _tell(self, line: str) -> None:
         with self._turn:
