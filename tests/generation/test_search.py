@@ -645,16 +645,19 @@ ON_A_GPU += [("beams5", family) for family in CAPTURABLE if family not in FAMILI
 @pytest.mark.gpu
 @pytest.mark.parametrize(("name", "family"), ON_A_GPU)
 def test_on_a_gpu(name, family, gpu, monkeypatch):  # 87
-    """With graphs, without, and transformers: the same tokens. And graphs are really replayed."""
+    """With graphs, without, and transformers: the same tokens, and captures that succeed."""
     replayed = []
     capture = graphs.StaticStep._capture
     monkeypatch.setattr(
         graphs.StaticStep, "_capture", lambda step, window: replayed.append(found := capture(step, window)) or found
     )
     model = build(family).to(gpu)
+    if not search._tells_attentions_apart(model):
+        pytest.skip("this transformers does not mark its self-attention")
     inputs = {key: tensor.to(gpu) for key, tensor in batch(model).items()}
     arguments = inputs | BEAMS | {"max_new_tokens": 40} | COMMON[name]
     theirs = reference(model, **arguments)
     assert_equal(decode(model, **arguments, cuda_graphs=True), theirs)
     assert_equal(decode(model, **arguments), theirs)
-    assert gpu.type != "cuda" or (replayed and all(replayed)), "a capture failed"
+    assert all(replayed), "a capture failed"
+    assert replayed or gpu.type != "cuda" or name != "beams5", "nothing was captured"
