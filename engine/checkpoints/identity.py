@@ -33,6 +33,7 @@ ALLOWABLE = (
     "world_size",
     "training.per_device_train_batch_size",
     "training.gradient_accumulation_steps",
+    "data.tokens_per_batch",
     "training.num_train_epochs",
     "training.max_steps",
     "training.early_stopping_*",

@@ -42,10 +42,15 @@ class Feature:
     target_tokens: int = 0  # before truncation, with the end token
 
     @property
+    def parts(self) -> tuple[int, ...]:
+        """Tokens that the model computes, by what is padded apart: source and target, or a causal LM's one row."""
+        aligned = self.labels is None or self.labels[:1] == [IGNORE_INDEX]  # a causal LM's labels begin with its prompt
+        return (len(self.input_ids),) if aligned else (len(self.input_ids), len(self.labels))
+
+    @property
     def length(self) -> int:
         """Tokens that the model computes: source and target."""
-        aligned = self.labels is None or self.labels[:1] == [IGNORE_INDEX]  # a causal LM's labels begin with its prompt
-        return len(self.input_ids) + (0 if aligned else len(self.labels))
+        return sum(self.parts)
 
 
 @dataclass(frozen=True, slots=True)
