@@ -23,6 +23,7 @@ FREE = (
     "checkpoint.*",
     "data.*_file",
     "data.max_test_samples",
+    "data.cache",
     "training.logging_steps",
     "evaluation.num_samples",
     "runtime.timeout_seconds",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import heapq
 import logging
 from typing import TYPE_CHECKING
 
@@ -67,7 +68,7 @@ def plan_line(sampler: WindowSampler) -> str:
 
 
 def with_fitting_batch(
-    recipe: Recipe, model: nn.Module, bundle: ModelBundle, features: list[Feature], runtime: Runtime
+    recipe: Recipe, model: nn.Module, bundle: ModelBundle, features: Iterable[Feature], runtime: Runtime
 ) -> Recipe:
     """The recipe with the largest micro-batch whose forward and backward pass fits, and the accumulation that keeps the
     effective batch. Tried on the longest rows, so that no later update needs more. All ranks agree at each try.
@@ -77,8 +78,8 @@ def with_fitting_batch(
     """
     training = recipe.training
     rows = training.per_device_train_batch_size * training.gradient_accumulation_steps
-    longest = sorted(features, key=lambda feature: -feature.length)
     micro = training.per_device_train_batch_size
+    longest = heapq.nlargest(micro, features, key=lambda feature: feature.length)
     while not _fits(model, bundle, longest[:micro], runtime, training.label_smoothing):
         if micro == 1:
             what = f"a single row of {longest[0].length} tokens does not fit in memory"

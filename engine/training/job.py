@@ -6,6 +6,7 @@ import hashlib
 import logging
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -69,7 +70,7 @@ class TrainingRows(NamedTuple):
     """What is trained on; `features[i].index` is the place of its row in `examples`."""
 
     examples: list[Example]
-    features: list[Feature]
+    features: Sequence[Feature]
     sampler: WindowSampler  # deals the features out
 
 

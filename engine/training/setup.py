@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from engine.checkpoints.identity import identity_of
 from engine.checkpoints.store import CheckpointStore, refusing
 from engine.data import encode, rows
+from engine.data.feature_cache import FeatureCache
 from engine.models import adapters, build, tokenization, weights
 from engine.prediction.summarizer import Summarizer
 from engine.recipe.dump import dump
@@ -82,8 +83,9 @@ def prepare(
         bundle = build.build_model(recipe, device=device, precision=runtime.precision)
     encoder = bundle.text_encoder()
     with runtime.ranks.together("tokenising"):
-        features = encode.encode_all(encoder, splits.train, augment=recipe.data.instruction_augmentation)
-        dev = Split.of("dev", splits.dev, encoder).subset(recipe.evaluation.max_samples) if splits.dev else None
+        cache = FeatureCache(encoder, keep=recipe.data.cache)
+        features = cache.training(splits.train, augment=recipe.data.instruction_augmentation)
+        dev = Split.of("dev", splits.dev, cache).subset(recipe.evaluation.max_samples) if splits.dev else None
     bundle.model.train()  # from_pretrained returns it in eval mode, without dropout
     if sharded:
         distribution.shard(bundle, recipe, runtime)
@@ -224,7 +226,7 @@ def dry_run(recipe: Recipe, runtime: Runtime) -> dict[str, Any]:
 
 
 def _log_plan(
-    recipe: Recipe, bundle: ModelBundle, features: list[Feature], encoder: TextEncoder, sampler: WindowSampler
+    recipe: Recipe, bundle: ModelBundle, features: Sequence[Feature], encoder: TextEncoder, sampler: WindowSampler
 ) -> None:
     report = bundle.report
     numbers = ("parameters", "trainable_parameters", "vocabulary_before", "vocabulary")
