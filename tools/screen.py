@@ -50,6 +50,7 @@ def screen_one(recipe: Recipe, folder: Path, name: str) -> dict[str, Any]:
     Raises:
         EngineError: as training would, for recipe, data and model.
     """
+    from engine.data.feature_cache import FeatureCache
     from engine.data.rows import read_examples
     from engine.models import build, weights
     from engine.prediction.summarizer import Summarizer
@@ -65,7 +66,7 @@ def screen_one(recipe: Recipe, folder: Path, name: str) -> dict[str, Any]:
         if weights.is_adapted(bundle.model):
             bundle.model = bundle.model.unload()  # adapters start without effect and only cost time here
         encoder, settings = bundle.text_encoder(), recipe.evaluation
-        split = Split.of("dev", rows, encoder).subset(settings.max_samples)
+        split = Split.of("dev", rows, FeatureCache(encoder, keep=data.cache)).subset(settings.max_samples)
         batch_size = settings.per_device_eval_batch_size
         summarizer = Summarizer(bundle, encoder, recipe.generation, batch_size=batch_size)
         scores = evaluate(bundle, split, runtime, settings, summarizer)

@@ -94,15 +94,9 @@ def heading(encoder: TextEncoder, feature: Feature, example: Example) -> str:
 def first_batch(recipe: Recipe, encoder: TextEncoder, config: Any, features: list[Feature]) -> list[str]:
     """Shapes of the first micro-batch on one device, and how much of it is padding."""
     from engine.data import collate
-    from engine.data.windows import WindowSampler
+    from engine.training.batch_size import plan_line, window_sampler
 
-    sampler = WindowSampler(
-        [feature.length for feature in features],
-        micro_batch_size=recipe.training.per_device_train_batch_size,
-        accumulation_steps=recipe.training.gradient_accumulation_steps,
-        seed=recipe.training.seed,
-        strategy=recipe.data.batching,
-    )
+    sampler = window_sampler(recipe, features)
     rows = [features[row] for row in sampler.window(0, 0)[0]]
     pad = encoder.tokenizer.pad_token_id
     if encoder.family == "causal":
@@ -112,7 +106,8 @@ def first_batch(recipe: Recipe, encoder: TextEncoder, config: Any, features: lis
         batch = collate.collate_seq2seq(rows, pad_token_id=pad, decoder_start_token_id=pad if start is None else start)
     padding = 1 - batch["attention_mask"].float().mean().item()
     shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in batch.items())
-    return [f"first micro-batch: {shapes}", f"padding in its input_ids: {100 * padding:.1f} %"]
+    told = [f"first micro-batch: {shapes}", f"padding in its input_ids: {100 * padding:.1f} %"]
+    return [*told, f"on one device, {plan_line(sampler)}"]
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -42,10 +42,15 @@ class Feature:
     target_tokens: int = 0  # before truncation, with the end token
 
     @property
+    def parts(self) -> tuple[int, ...]:
+        """Tokens that the model computes, by what is padded apart: source and target, or a causal LM's one row."""
+        aligned = self.labels is None or self.labels[:1] == [IGNORE_INDEX]  # a causal LM's labels begin with its prompt
+        return (len(self.input_ids),) if aligned else (len(self.input_ids), len(self.labels))
+
+    @property
     def length(self) -> int:
         """Tokens that the model computes: source and target."""
-        aligned = self.labels is None or self.labels[:1] == [IGNORE_INDEX]  # a causal LM's labels begin with its prompt
-        return len(self.input_ids) + (0 if aligned else len(self.labels))
+        return sum(self.parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +140,15 @@ class TextEncoder:
         row = _Row(Example("", "", (), None, 0), 0, "대화", None, None)
         rest = self._encode([self._answer_text(row, self._render(row, row.dialogue), row.dialogue, answer)])[0]
         return next((token for token in rest if token in self._special_ids), self.tokenizer.eos_token_id)
+
+    def facts(self) -> list[Any]:
+        """What decides features beside the row and the tokenizer's file, for a cache's key: values for JSON.
+
+        The rendered prompt is among them, as a chat template may print today's date.
+        """
+        around = [*self._frame, self.end_token_id, self._special_texts.pattern, type(self.tokenizer).__name__]
+        limits = [self.family, self.max_source_length, self.max_target_length]
+        return [*around, *limits, self.settings.to_dict(), self.prompt_text("대화")]
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
@@ -380,8 +394,11 @@ def _unknown_share(features: Sequence[Feature], tokenizer: PreTrainedTokenizerBa
     unknown = tokenizer.unk_token_id
     if unknown is None or unknown in (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id):
         return 0.0
-    rows = [row for feature in features for row in (feature.input_ids, feature.labels or [])]
-    return sum(row.count(unknown) for row in rows) / max(1, sum(map(len, rows)))
+    found = total = 0
+    for feature in features:
+        for row in (feature.input_ids, feature.labels or []):
+            found, total = found + row.count(unknown), total + len(row)
+    return found / max(1, total)
 
 
 def _lengths(lengths: list[int], limit: int) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from engine.errors import EngineError
 from engine.runtime import atomic
 from engine.runtime.lock import taking_turns
+from engine.runtime.own_cache import cache_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,10 +49,8 @@ def cached_copy(folder: Path, *, code: bool = False) -> Path:
     Raises:
         EngineError: as `write_copy`; E6.6 where the cache cannot be written.
     """
-    from huggingface_hub import constants
-
     _refuse_unsafe()
-    cache = Path(constants.HF_HUB_CACHE).parent / "ko-dialogue-engine"
+    cache = cache_folder()
     copy = cache / _key(folder, code)
     if copy.is_dir():
         return copy

@@ -100,6 +100,16 @@ def check_data(recipe: Recipe) -> Iterator[Finding]:
     if recipe.evaluation.strategy != "no" and not data.validation_file:
         keys = "data.validation_file evaluation.strategy"
         yield keys, "is missing; name a file, or set evaluation.strategy: no"
+    if (
+        data.tokens_per_batch
+        and data.batching != "tokens"
+        and set_later(recipe, "data.tokens_per_batch", "data.batching")
+    ):
+        keys = "data.tokens_per_batch data.batching"
+        yield keys, f"has no effect while data.batching is {data.batching}; set it to tokens"
+    if data.batching == "tokens" and recipe.training.auto_batch_size:
+        keys = "training.auto_batch_size data.batching"
+        yield keys, "tries numbers of rows, and data.batching is tokens; lower data.tokens_per_batch instead"
     if data.on_bad_row == "skip" and not data.max_bad_rows:
         yield "data.on_bad_row data.max_bad_rows", "is skip, which needs a cap: set data.max_bad_rows"
     summaries = [data.summary_column] if isinstance(data.summary_column, str) else data.summary_column

@@ -40,6 +40,8 @@ _THEIRS = {
     "data.max_validation_samples": "max_eval_samples",
     "data.max_test_samples": "max_predict_samples",
     "data.batching": "group_by_length train_sampling_strategy",
+    "data.cache": "overwrite_cache use_cache_dir dataset_cache tokenized_path dataset_prepared_path",
+    "data.tokens_per_batch": "max_tokens_per_batch token_budget batch_tokens",
     "prompt.prefix": "source_prefix",
     "prompt.style": "template prompt_template chat_template",
     "prompt.system": "system_prompt default_system",

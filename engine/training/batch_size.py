@@ -1,19 +1,23 @@
-"""Find the micro-batch that fits in memory before the first update, at the same effective batch."""
+"""How many rows an update has and how they become micro-batches; the micro-batch that fits, found before the first update."""
 
 from __future__ import annotations
 
 import gc
+import heapq
 import logging
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from engine.data.windows import WindowSampler
 from engine.errors import EngineError
 from engine.loss.cross_entropy import summed_cross_entropy
 from engine.runtime.exits import classify
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from engine.data.encode import Feature
     from engine.models.bundle import ModelBundle
     from engine.recipe.schema import Recipe
@@ -22,8 +26,49 @@ if TYPE_CHECKING:
 log = logging.getLogger("engine.train")
 
 
+def window_sampler(recipe: Recipe, features: Iterable[Feature], *, world_size: int = 1, rank: int = 0) -> WindowSampler:
+    """The recipe's windows over these features."""
+    return WindowSampler(
+        [feature.parts for feature in features],
+        micro_batch_size=recipe.training.per_device_train_batch_size,
+        accumulation_steps=recipe.training.gradient_accumulation_steps,
+        world_size=world_size,
+        rank=rank,
+        seed=recipe.training.seed,
+        strategy=recipe.data.batching,
+        tokens_per_batch=token_budget(recipe),
+    )
+
+
+def token_budget(recipe: Recipe) -> int | None:
+    """Most cells of one micro-batch on one device; None where micro-batches are of so many rows."""
+    data = recipe.data
+    if data.batching != "tokens":
+        return None
+    longest = data.max_source_length + data.max_target_length
+    return data.tokens_per_batch or recipe.training.per_device_train_batch_size * longest
+
+
+def longest_rows(recipe: Recipe) -> int:
+    """Rows of greatest length that one micro-batch on one device holds."""
+    training, budget = recipe.training, token_budget(recipe)
+    if budget is None:
+        return training.per_device_train_batch_size
+    held = budget // (recipe.data.max_source_length + recipe.data.max_target_length)
+    return max(1, min(held, training.per_device_train_batch_size * training.gradient_accumulation_steps))
+
+
+def plan_line(sampler: WindowSampler) -> str:
+    """Rows of an update and the padding of the first epoch, in words."""
+    budget = sampler.tokens_per_batch
+    cut = "" if budget is None else f", in micro-batches of at most {budget:,} tokens"
+    shares = [f"{100 * share:.1f} %" for share in sampler.padding(0)]
+    padding = shares[0] if len(shares) == 1 else "{} of source and {} of target tokens".format(*shares)
+    return f"each update trains on {sampler.window_size:,} rows{cut}; padding: {padding}"
+
+
 def with_fitting_batch(
-    recipe: Recipe, model: nn.Module, bundle: ModelBundle, features: list[Feature], runtime: Runtime
+    recipe: Recipe, model: nn.Module, bundle: ModelBundle, features: Iterable[Feature], runtime: Runtime
 ) -> Recipe:
     """The recipe with the largest micro-batch whose forward and backward pass fits, and the accumulation that keeps the
     effective batch. Tried on the longest rows, so that no later update needs more. All ranks agree at each try.
@@ -33,8 +78,8 @@ def with_fitting_batch(
     """
     training = recipe.training
     rows = training.per_device_train_batch_size * training.gradient_accumulation_steps
-    longest = sorted(features, key=lambda feature: -feature.length)
     micro = training.per_device_train_batch_size
+    longest = heapq.nlargest(micro, features, key=lambda feature: feature.length)
     while not _fits(model, bundle, longest[:micro], runtime, training.label_smoothing):
         if micro == 1:
             what = f"a single row of {longest[0].length} tokens does not fit in memory"

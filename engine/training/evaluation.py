@@ -20,7 +20,8 @@ from engine.scoring import endings, rouge
 from engine.scoring.alike import alike
 
 if TYPE_CHECKING:
-    from engine.data.encode import Feature, TextEncoder
+    from engine.data.encode import Feature
+    from engine.data.feature_cache import FeatureCache
     from engine.data.rows import Example
     from engine.models.bundle import ModelBundle
     from engine.prediction.summarizer import Summarizer, Summary
@@ -37,16 +38,14 @@ class Split:
 
     name: str
     examples: list[Example]
-    prompts: list[Feature]
-    targets: list[Feature] | None
+    prompts: Sequence[Feature]
+    targets: Sequence[Feature] | None
 
     @classmethod
-    def of(cls, name: str, examples: list[Example], encoder: TextEncoder) -> Split:
+    def of(cls, name: str, examples: list[Example], cache: FeatureCache) -> Split:
         """Prompts of all rows, and targets if every row has a reference."""
-        prompts = [encoder.prompt_feature(row, index) for index, row in enumerate(examples)]
         scored = all(row.references for row in examples)
-        targets = [encoder.training_feature(row, index) for index, row in enumerate(examples)] if scored else None
-        return cls(name, examples, prompts, targets)
+        return cls(name, examples, cache.prompts(examples), cache.training(examples) if scored else None)
 
     @property
     def sha256(self) -> str:

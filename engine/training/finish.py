@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from engine.data.feature_cache import FeatureCache
 from engine.errors import EngineError
 from engine.models import weights
 from engine.prediction import export
@@ -85,7 +86,8 @@ def _predict_test(job: Job, test: list[Example], checkpoint: Path, step: int) ->
     if not test or job.summarizer is None:
         return {}
     weights.load_weights(job.bundle.model, checkpoint)
-    split = evaluation.Split.of("test", test, job.bundle.text_encoder())
+    cache = FeatureCache(job.bundle.text_encoder(), keep=job.recipe.data.cache)
+    split = evaluation.Split.of("test", test, cache)
     job.progress.evaluating(step, split.name, len(test))
     result = evaluation.evaluate(job.bundle, split, job.runtime, job.recipe.evaluation, job.summarizer)
     if job.runtime.is_main:

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -74,7 +75,7 @@ class TrainingRows(NamedTuple):
     """What is trained on; `features[i].index` is the place of its row in `examples`."""
 
     examples: list[Example]
-    features: list[Feature]
+    features: Sequence[Feature]
     sampler: WindowSampler  # deals the features out
 
 
@@ -145,11 +146,14 @@ class Job:
         rows = self.sampler.global_window(epoch, index)
         together = sharding.is_sharded(self.model)  # then each pass over a layer is a meeting of all ranks
         batches = [self._collate(micro, rows) for micro in self.sampler.window(epoch, index, same_count=together)]
+        cells, real = self.sampler.cells(epoch, index), self.sampler.parts[rows].sum(axis=0)
         return Window(
             batches=batches,
             tokens=sum(self.supervised[row] for row in rows),
-            all_tokens=sum(self.features[row].length for row in rows),
+            all_tokens=int(real.sum()),
             ids=[self.examples[self.features[row].index].id for row in rows],
+            cells=tuple(cells.tolist()),
+            padding=tuple((cells - real).tolist()),
         )
 
     def _collate(self, micro: list[int], rows: list[int]) -> dict[str, Tensor]:
@@ -173,6 +177,7 @@ class Job:
         self.progress.update(state.step, window, update, seconds)
         state.interval_all_tokens += window.all_tokens
         state.interval_samples += len(window.ids)
+        state.count_cells(window)
         if not update.applied:
             return
         state.interval_loss += update.loss * window.tokens
@@ -194,6 +199,7 @@ class Job:
             "samples_per_second": state.interval_samples / seconds,
             "seconds": state.interval_seconds,
             "skipped_updates": state.skipped,
+            **state.padding_shares(),
             "peak_memory_gib": measured_peak(self.runtime.device),
             "sample_ids_sha256": hashlib.sha256("\n".join(window.ids).encode()).hexdigest(),
         }
@@ -203,6 +209,8 @@ class Job:
         log.debug("step %d  loss %.4f  grad_norm %.3f", state.step, row["loss"], update.grad_norm)
         state.interval_loss = state.interval_seconds = 0.0
         state.interval_tokens = state.interval_all_tokens = state.interval_samples = 0
+        state.interval_source_cells = state.interval_target_cells = 0
+        state.interval_source_padding = state.interval_target_padding = 0
 
     # Evaluation
 

@@ -20,6 +20,7 @@ from engine.data import vocabulary
 from engine.loss import output_head
 from engine.models import adapters, configuration, hub, sharding, tokenization, weights
 from engine.models.size import by_layers, check_depth, device_bytes, size_text
+from engine.training.batch_size import longest_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -118,7 +119,7 @@ def table(estimate: dict[str, Any], device: torch.device) -> str:
     if exceeds(estimate, device):
         lines.append(
             "  warning: this will probably not fit; lower per_device_train_batch_size (and raise "
-            "gradient_accumulation_steps), or set gradient_checkpointing or quantization.load_in_4bit"
+            "gradient_accumulation_steps) or tokens_per_batch, or set gradient_checkpointing or quantization.load_in_4bit"
         )
     return "\n".join(lines)
 
@@ -176,7 +177,7 @@ def _shape(recipe: Recipe, config: PreTrainedConfig) -> dict[str, int]:
     """The longest batches of the recipe: what training and evaluation must hold at once."""
     generation, data = recipe.generation, recipe.data
     return {
-        "examples": recipe.training.per_device_train_batch_size,
+        "examples": longest_rows(recipe),
         "source": data.max_source_length,
         "target": data.max_target_length,
         "decoded_examples": recipe.evaluation.per_device_eval_batch_size if recipe.evaluation.generate else 0,

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 from engine.checkpoints.identity import identity_of
 from engine.checkpoints.store import CheckpointStore, refusing
 from engine.data import encode, rows
-from engine.data.windows import WindowSampler
+from engine.data.feature_cache import FeatureCache
 from engine.models import adapters, build, tokenization, weights
 from engine.prediction.summarizer import Summarizer
 from engine.recipe.dump import dump
 from engine.reporting.tracking import Tracker
 from engine.runtime.atomic import write_text_atomically
 from engine.training import distribution, memory, optim, unused
-from engine.training.batch_size import with_fitting_batch
+from engine.training.batch_size import plan_line, window_sampler, with_fitting_batch
 from engine.training.blueprint import blueprint
 from engine.training.evaluation import Split, try_scoring
 from engine.training.job import Job, Learner, TrainingRows
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from engine.data.encode import Feature, TextEncoder
     from engine.data.rows import Example
+    from engine.data.windows import WindowSampler
     from engine.models.bundle import ModelBundle
     from engine.recipe.schema import Recipe
     from engine.runtime.process import Runtime
@@ -83,8 +84,9 @@ def prepare(
         bundle = build.build_model(recipe, device=device, precision=runtime.precision)
     encoder = bundle.text_encoder()
     with runtime.ranks.together("tokenising"):
-        features = encode.encode_all(encoder, splits.train, augment=recipe.data.instruction_augmentation)
-        dev = Split.of("dev", splits.dev, encoder).subset(recipe.evaluation.max_samples) if splits.dev else None
+        cache = FeatureCache(encoder, keep=recipe.data.cache)
+        features = cache.training(splits.train, augment=recipe.data.instruction_augmentation)
+        dev = Split.of("dev", splits.dev, cache).subset(recipe.evaluation.max_samples) if splits.dev else None
     bundle.model.train()  # from_pretrained returns it in eval mode, without dropout
     if sharded:
         distribution.shard(bundle, recipe, runtime)
@@ -95,10 +97,10 @@ def prepare(
     # Sampler, the checkpoint's identity and recipe.yaml must all know the batch that is trained, so it is tried first.
     if recipe.training.auto_batch_size:
         recipe = with_fitting_batch(recipe, model, bundle, features, runtime)
-    _log_model(recipe, bundle, features, encoder)
+    sampler = window_sampler(recipe, features, world_size=runtime.world_size, rank=runtime.rank)
+    _log_plan(recipe, bundle, features, encoder, sampler)
 
     runtime.seed_ranks(recipe.training.seed)  # dropout may differ from rank to rank, now that the weights are drawn
-    sampler = _sampler(recipe, runtime, features)
     learner = _learner(recipe, runtime, bundle, model, sampler.updates_per_epoch)
     summarizer = None
     if recipe.evaluation.generate:
@@ -168,19 +170,6 @@ def parameter_groups(recipe: Recipe, bundle: ModelBundle) -> list[dict[str, Any]
     )
 
 
-def _sampler(recipe: Recipe, runtime: Runtime, features: list[Feature]) -> WindowSampler:
-    training = recipe.training
-    return WindowSampler(
-        [feature.length for feature in features],
-        micro_batch_size=training.per_device_train_batch_size,
-        accumulation_steps=training.gradient_accumulation_steps,
-        world_size=runtime.world_size,
-        rank=runtime.rank,
-        seed=training.seed,
-        strategy=recipe.data.batching,
-    )
-
-
 def _store(
     recipe: Recipe, runtime: Runtime, run_dir: Path, bundle: ModelBundle, splits: Splits, allow_change: Sequence[str]
 ) -> CheckpointStore:
@@ -220,8 +209,8 @@ def dry_run(recipe: Recipe, runtime: Runtime) -> dict[str, Any]:
     bundle = bundle or build.build_model(recipe, device=runtime.device, precision=runtime.precision)
     encoder = bundle.text_encoder()
     features = encode.encode_all(encoder, splits.train, augment=recipe.data.instruction_augmentation)
-    sampler = _sampler(recipe, runtime, features)
-    _log_model(recipe, bundle, features, encoder)
+    sampler = window_sampler(recipe, features, world_size=runtime.world_size, rank=runtime.rank)
+    _log_plan(recipe, bundle, features, encoder, sampler)
     first = bundle.collate([features[row] for row in sampler.window(0, 0)[0]])
     counts = {
         "parameters": bundle.report["parameters"],
@@ -239,7 +228,9 @@ def dry_run(recipe: Recipe, runtime: Runtime) -> dict[str, Any]:
     return counts | {"first_batch": shapes, "memory": estimate}
 
 
-def _log_model(recipe: Recipe, bundle: ModelBundle, features: list[Feature], encoder: TextEncoder) -> None:
+def _log_plan(
+    recipe: Recipe, bundle: ModelBundle, features: Sequence[Feature], encoder: TextEncoder, sampler: WindowSampler
+) -> None:
     report = bundle.report
     numbers = ("parameters", "trainable_parameters", "vocabulary_before", "vocabulary")
     log.info(
@@ -250,5 +241,5 @@ def _log_model(recipe: Recipe, bundle: ModelBundle, features: list[Feature], enc
         report["precision"],
         report["device"],
     )
-    for line in encode.length_report(features, encoder)["text"].splitlines():
+    for line in [*encode.length_report(features, encoder)["text"].splitlines(), plan_line(sampler)]:
         log.info("%s", line)

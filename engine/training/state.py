@@ -18,6 +18,8 @@ class Window:
     tokens: int  # supervised tokens: what the summed loss is divided by
     all_tokens: int  # of source and target, without padding: what tokens_per_second counts
     ids: list[str]
+    cells: tuple[int, ...] = ()  # as all_tokens, with padding: of source and target, or of a causal LM's one row
+    padding: tuple[int, ...] = ()  # how many of these are padding
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,10 @@ class TrainerState:
     interval_all_tokens: int = 0
     interval_samples: int = 0
     interval_seconds: float = 0.0
+    interval_source_cells: int = 0
+    interval_source_padding: int = 0
+    interval_target_cells: int = 0
+    interval_target_padding: int = 0
 
     def advance(self, window: Window, update: Update, *, updates_per_epoch: int) -> None:
         """Count one window and move to the next one."""
@@ -74,6 +80,20 @@ class TrainerState:
     def evaluation_share(self) -> float:
         """Of the time of all updates and evaluations."""
         return self.evaluation_seconds / max(self.train_seconds + self.evaluation_seconds, 1e-9)
+
+    def count_cells(self, window: Window) -> None:
+        for part, cells, padding in zip(("source", "target"), window.cells, window.padding, strict=False):
+            setattr(self, f"interval_{part}_cells", getattr(self, f"interval_{part}_cells") + cells)
+            setattr(self, f"interval_{part}_padding", getattr(self, f"interval_{part}_padding") + padding)
+
+    def padding_shares(self) -> dict[str, float]:
+        """Padding among the cells since the last row of the log; those of source and target too where they are apart."""
+        padding = {"source": self.interval_source_padding, "target": self.interval_target_padding}
+        cells = {"source": self.interval_source_cells, "target": self.interval_target_cells}
+        shares = {"padding_share": sum(padding.values()) / max(1, sum(cells.values()))}
+        if all(cells.values()):
+            shares |= {f"{part}_padding_share": padding[part] / cells[part] for part in cells}
+        return shares
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe; floats come back to the bit."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import gc
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -32,7 +32,7 @@ log = logging.getLogger("engine.train")
 _ONE_EXPERT = re.compile(r"\bexperts\.\w*\d+\.")
 
 
-def keep_out(bundle: ModelBundle, features: list[Feature], runtime: Runtime) -> bool:
+def keep_out(bundle: ModelBundle, features: Sequence[Feature], runtime: Runtime) -> bool:
     """Freeze the trainable weights that no gradient reaches; gradients and random streams are left as they were.
 
     Returns:
@@ -54,7 +54,7 @@ def keep_out(bundle: ModelBundle, features: list[Feature], runtime: Runtime) -> 
     return chosen or any(getattr(module, "layerdrop", 0.0) for module in model.modules())
 
 
-def _without_gradient(bundle: ModelBundle, features: list[Feature], runtime: Runtime) -> dict[str, nn.Parameter]:
+def _without_gradient(bundle: ModelBundle, features: Sequence[Feature], runtime: Runtime) -> dict[str, nn.Parameter]:
     """Trainable parameters without a gradient after the backward pass of one row.
 
     The longest row: a short one would take some models another way for good (BigBird leaves its sparse attention), and

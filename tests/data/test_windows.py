@@ -7,6 +7,7 @@ import pytest
 
 from engine.data.windows import STRATEGIES, WindowSampler
 
+BUDGET = 900  # cells; rows have up to 400
 SPLITS = [(1, 1, 1), (2, 1, 1), (1, 2, 2), (2, 2, 1), (2, 1, 2), (1, 4, 1), (3, 2, 2), (1, 1, 4), (8, 1, 1)]
 
 
@@ -26,9 +27,14 @@ def ranks(count: int, split: tuple[int, int, int], strategy: str, seed: int = 7)
             rank=rank,
             seed=seed,
             strategy=strategy,
+            tokens_per_batch=BUDGET if strategy == "tokens" else None,
         )
         for rank in range(world)
     ]
+
+
+def fits(sampler: WindowSampler, batch: list[int]) -> bool:
+    return len(batch) <= 1 or len(batch) * int(sampler.parts[batch].max(axis=0).sum()) <= sampler.tokens_per_batch
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -42,8 +48,12 @@ def test_every_row_once_per_epoch_and_every_rank_at_work(strategy, split):
             seen = []
             for index in range(samplers[0].updates_per_epoch):
                 windows = [sampler.window(epoch, index) for sampler in samplers]
-                assert all(1 <= len(window) <= accumulation for window in windows)
-                assert all(len(batch) <= micro for window in windows for batch in window)
+                assert all(windows)
+                if strategy == "tokens":
+                    assert all(fits(samplers[0], batch) for window in windows for batch in window)
+                else:
+                    assert all(len(window) <= accumulation for window in windows)
+                    assert all(len(batch) <= micro for window in windows for batch in window)
                 assert all(batch or window == [[]] for window in windows for batch in window)
                 rows = [row for window in windows for batch in window for row in batch]
                 assert sorted(rows) == sorted(samplers[0].global_window(epoch, index))
@@ -101,6 +111,10 @@ def test_the_order_is_pinned():
     assert [pinned.global_window(0, index) for index in range(3)] == [[0, 1, 3, 4], [6, 7, 8, 9], [2, 5]]
     pinned = WindowSampler(range(10), micro_batch_size=4, accumulation_steps=1, seed=42, strategy="random")
     assert [pinned.global_window(1, index) for index in range(3)] == [[1, 2, 8, 5], [3, 9, 6, 0], [4, 7]]
+    parts = [(row, (row * 7) % 10) for row in range(10)]
+    pinned = WindowSampler(parts, micro_batch_size=2, accumulation_steps=1, strategy="tokens", tokens_per_batch=30)
+    assert [pinned.global_window(0, index) for index in range(5)] == [[0, 3], [9, 8], [6, 5], [4, 7], [2, 1]]
+    assert [pinned.window(0, index) for index in range(2, 4)] == [[[5, 6]], [[7], [4]]]
 
 
 def test_length_strategy_pads_less_and_still_mixes():
@@ -114,6 +128,63 @@ def test_length_strategy_pads_less_and_still_mixes():
     sampler = ranks(2000, (8, 1, 1), "length")[0]
     means = [sum(sampler.lengths[sampler.global_window(0, i)]) / 8 for i in range(200)]
     assert sum(a < b for a, b in zip(means, means[1:], strict=False)) in range(70, 130)  # windows in no order of length
+
+
+def two_parts(count: int) -> list[tuple[int, int]]:
+    """Source and target lengths of which long ones tend to go together."""
+    stream = random.Random(count)
+    return [(source := stream.randint(20, 400), 5 + source // 8 + stream.randint(0, 30)) for _ in range(count)]
+
+
+def by_tokens(rows: list, budget: int, *, rank: int = 0, world: int = 1, micro: int = 8, steps: int = 4, **more):
+    split = {"micro_batch_size": micro, "accumulation_steps": steps, "world_size": world, "rank": rank}
+    return WindowSampler(rows, **split, strategy="tokens", tokens_per_batch=budget, **more)
+
+
+@pytest.mark.parametrize("budget", [1, 300, 1000, 4000, 10**6])
+def test_a_budget_cuts_windows_and_leaves_their_rows(budget):
+    rows = two_parts(333)
+    sampler, other = by_tokens(rows, budget), by_tokens(rows, 77)
+    for index in range(sampler.updates_per_epoch):
+        window = sampler.global_window(0, index)
+        assert window == other.global_window(0, index)
+        assert len(window) == (32 if index < 10 else 13), "as many rows in an update as without a budget"
+        micro_batches = sampler.window(0, index)
+        assert sorted(row for batch in micro_batches for row in batch) == sorted(window)
+        assert all(fits(sampler, batch) for batch in micro_batches)
+        for batch, after in zip(micro_batches, micro_batches[1:], strict=False):
+            assert not fits(sampler, [*batch, after[0]]), "no micro-batch ends before it is full"
+    assert len(sampler.window(0, 0)) == {1: 32, 10**6: 1}.get(budget, len(sampler.window(0, 0)))
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_ranks_have_as_many_micro_batches_of_nearly_equal_work(world):
+    rows = two_parts(960)
+    ranks = [by_tokens(rows, 2000, rank=rank, world=world, micro=24 // world) for rank in range(world)]
+    work = []
+    for index in range(ranks[0].updates_per_epoch):
+        windows = [sampler.window(0, index) for sampler in ranks]
+        assert len({len(window) for window in windows}) == 1
+        assert all(fits(ranks[0], batch) for window in windows for batch in window)
+        cells = [sum(len(b) * ranks[0].parts[b].max(axis=0).sum() for b in window) for window in windows]
+        assert sum(cells) == ranks[0].cells(0, index).sum()
+        work.append(max(cells) / (sum(cells) / world) - 1)
+    assert sum(work) / len(work) < 0.02 and max(work) < 0.08
+
+
+def test_cells_and_padding_are_counted_by_part():
+    sampler = WindowSampler([(4, 1), (2, 3), (5, 5)], micro_batch_size=2, accumulation_steps=1, strategy="sequential")
+    assert [sampler.cells(0, index).tolist() for index in range(2)] == [[8, 6], [5, 5]]
+    assert sampler.padding(0).tolist() == [pytest.approx(1 - 11 / 13), pytest.approx(1 - 9 / 11)]
+    assert sampler.padding(0, most=1).tolist() == [pytest.approx(1 - 6 / 8), pytest.approx(1 - 4 / 6)]
+
+
+def test_both_lengths_leave_less_padding_than_their_sum():
+    rows = two_parts(4000)
+    split = {"micro_batch_size": 16, "accumulation_steps": 1}
+    by_sum = WindowSampler(rows, **split, strategy="length").padding(0)
+    by_both = WindowSampler(rows, **split, strategy="tokens", tokens_per_batch=10**6).padding(0)
+    assert (by_both < by_sum).all() and by_both[0] < 0.08
 
 
 def test_ranks_get_like_lengths_and_the_longest_rows_first():
@@ -147,6 +218,9 @@ def test_sequential_is_the_order_of_the_file():
         {"rank": -1},
         {"seed": -1},
         {"strategy": "magic"},
+        {"strategy": "tokens"},
+        {"strategy": "tokens", "tokens_per_batch": 0},
+        {"tokens_per_batch": 100},
     ],
 )
 def test_wrong_arguments(wrong):
@@ -163,8 +237,9 @@ def test_windows_outside_the_epoch():
         WindowSampler([], micro_batch_size=2, accumulation_steps=1).window(0, 0)
 
 
-def test_sixty_thousand_rows_cost_nothing():
-    sampler = WindowSampler(lengths(62_285), micro_batch_size=8, accumulation_steps=8, seed=1)
+@pytest.mark.parametrize("more", [{}, {"strategy": "tokens", "tokens_per_batch": 4000}])
+def test_sixty_thousand_rows_cost_nothing(more):
+    sampler = WindowSampler(lengths(62_285), micro_batch_size=8, accumulation_steps=8, seed=1, **more)
     started = time.perf_counter()
     for index in range(sampler.updates_per_epoch):
         sampler.window(0, index)

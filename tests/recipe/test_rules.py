@@ -193,6 +193,8 @@ BAD_OVERRIDES = [
     (["data.on_bad_row=skip"], "needs a cap"),
     (["data.summary_column=dialogue"], "need names, each its own"),
     (["data.summary_column=[]"], "need names, each its own"),
+    (["data.tokens_per_batch=4096"], "has no effect while data.batching is length; set it to tokens"),
+    (["data.batching=tokens", "training.auto_batch_size=true"], "lower data.tokens_per_batch instead"),
     (["evaluation.strategy=no", "evaluation.steps=3"], "has no effect while evaluation.strategy is no"),
     (["evaluation.strategy=never"], "one of epoch, steps, no; got 'never'"),
     (["evaluation.metric=rouge_sum", "evaluation.generate=false"], "does not produce"),

@@ -71,6 +71,7 @@ def assert_equal(ours, theirs):
 
 CASES = {
     "bart": ("bart", {}),
+    "bart-tokens": ("bart", {"data__batching": "tokens", "data__tokens_per_batch": 250}),
     "t5": ("t5", {}),
     "llama": ("llama", {}),
     "llama-lora": ("llama", ADAPTER),

@@ -13,8 +13,9 @@ from engine.recipe.schema import Evaluation
 from engine.training import evaluation
 from engine.training.evaluation import Split
 
-ENCODER = SimpleNamespace(
-    prompt_feature=lambda example, index: ("prompt", index), training_feature=lambda example, index: ("target", index)
+FEATURES = SimpleNamespace(
+    prompts=lambda examples: [("prompt", index) for index in range(len(examples))],
+    training=lambda examples: [("target", index) for index in range(len(examples))],
 )
 
 
@@ -23,7 +24,7 @@ def rows(count: int, references: tuple[str, ...] = ("요약",)) -> list[Example]
 
 
 def test_a_subset_is_evenly_spaced_and_keeps_rows_together():
-    split = Split.of("dev", rows(10), ENCODER)
+    split = Split.of("dev", rows(10), FEATURES)
     assert split.subset(None) is split.subset(10) is split
     part = split.subset(4)
     assert [row.id for row in part.examples] == ["row_0", "row_2", "row_5", "row_7"]
@@ -33,7 +34,7 @@ def test_a_subset_is_evenly_spaced_and_keeps_rows_together():
 
 
 def test_a_split_without_all_references_has_no_targets():
-    split = Split.of("test", [*rows(2), *rows(1, references=())], ENCODER)
+    split = Split.of("test", [*rows(2), *rows(1, references=())], FEATURES)
     assert split.targets is None and len(split.prompts) == 3 and split.subset(1).targets is None
 
 

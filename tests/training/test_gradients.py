@@ -16,7 +16,7 @@ SPLITS = {
 }
 
 
-def gradients(folder, name, ranks, batch, accumulation, family):
+def gradients(folder, name, ranks, batch, accumulation, family, *overrides):
     recipe = runs.write_recipe(
         folder,
         family,
@@ -35,6 +35,7 @@ def gradients(folder, name, ranks, batch, accumulation, family):
         f"training.per_device_train_batch_size={batch}",
         f"training.gradient_accumulation_steps={accumulation}",
         f"experiment.output_dir={run_dir}",
+        *overrides,
         ranks=ranks,
     )
     assert done.returncode == 0, done.stderr[-2000:]
@@ -49,6 +50,10 @@ def test_same_gradients_and_learning_rates_however_split(family, tmp_path):
     assert len(reference_rows) == 3, "22 rows in windows of 8 are two full windows and a short one"
     first = max(int(name.split(".")[0]) for name in reference)
     assert first == 2
+    assert_same(results, reference, reference_rows)
+
+
+def assert_same(results, reference, reference_rows):
     for label, (found, rows) in results.items():
         assert found.keys() == reference.keys()
         for name, gradient in reference.items():
@@ -57,3 +62,21 @@ def test_same_gradients_and_learning_rates_however_split(family, tmp_path):
             assert ours["learning_rate"] == theirs["learning_rate"], label
             assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5), label
             assert ours["sample_ids_sha256"] == theirs["sample_ids_sha256"], label
+
+
+@pytest.mark.slow
+def test_same_gradient_however_cut_by_tokens(tmp_path):
+    """All rows in one update, so that it has the same ones as `length`: only the cuts differ."""
+    cuts = {"1 x 200": (1, 24, 1, 200), "1 x 1": (1, 24, 1, 1), "2 ranks x 300": (2, 6, 2, 300)}
+    reference, reference_rows = gradients(tmp_path, "length", 1, 24, 1, "bart")
+    results = {}
+    for number, (label, (*split, budget)) in enumerate(cuts.items()):
+        overrides = ["data.batching=tokens", f"data.tokens_per_batch={budget}"]
+        results[label] = gradients(tmp_path, f"run{number}", *split, "bart", *overrides)
+    assert len(reference_rows) == 1
+    padding = [rows[0]["padding_share"] for _, rows in results.values()]
+    assert padding[1] == 0.0 < padding[0] < reference_rows[0]["padding_share"], "the cuts differ"
+    # The order of the window's rows is another one: the same ids all the same
+    for _, rows in results.values():
+        rows[0]["sample_ids_sha256"] = reference_rows[0]["sample_ids_sha256"]
+    assert_same(results, reference, reference_rows)

@@ -16,7 +16,7 @@ from engine.recipe.schema import Recipe
 from engine.runtime.ahead import Ahead
 from engine.training import evaluation, optim
 from engine.training.job import Job, Learner, TrainingRows
-from engine.training.state import TrainerState
+from engine.training.state import TrainerState, Update
 
 
 def learner_of(width: int = 3) -> Learner:
@@ -59,6 +59,21 @@ def test_a_window_counts_the_rows_of_all_ranks():
     assert window.ids == ["row_0", "row_1", "row_2", "row_3"]
     assert (window.tokens, window.all_tokens) == (1 + 2 + 3 + 4, 2 + 3 + 4 + 5)
     assert [batch["input_ids"].shape for batch in window.batches] == [(2, 5)]
+    assert (window.cells, window.padding) == ((2 * 3 + 2 * 5,), (1 + 1,)), "of all ranks"
+
+
+def test_a_row_of_the_log_says_how_much_was_padding():
+    job, written = job_of(training={"logging_steps": 2, "num_train_epochs": 1}), []
+    job.tracker.log_row, job.runtime.device = written.append, torch.device("cpu")
+    job.progress.update = lambda *arguments: None
+    for _ in range(3):
+        window = job.load_window(job.state.epoch, job.state.window)
+        update = Update(1.0, 1.0, 0.1, True)
+        job.state.advance(window, update, updates_per_epoch=3)
+        job.log_update(window, update)
+    cells, padding = (2 * 3) + (2 * 5), 1 + 1
+    assert [row["padding_share"] for row in written] == [padding / cells, 0.0], "since the last row only"
+    assert not any("target" in key for row in written for key in row)
 
 
 def test_a_rank_without_rows_takes_part_with_a_batch_that_supervises_nothing():

@@ -142,6 +142,24 @@ def test_distributed_ranks_hold_gradient_buckets(tmp_path):
     assert estimate["gradient_buckets"] == estimate["gradients"]
 
 
+def test_a_budget_of_tokens_decides_the_estimate(tmp_path):
+    folder = tiny.save("bart", tmp_path)
+
+    def examples(steps=4, **data):
+        made = recipe(folder, training={"gradient_accumulation_steps": steps})
+        made.data = made.data.model_copy(update={"batching": "tokens"} | data)
+        return memory.estimate(made, precision="fp32", device=CPU)["shape"]["examples"]
+
+    assert examples() == B, "without a number: what a micro-batch of the longest rows holds"
+    assert examples(tokens_per_batch=2 * B * (S + T)) == 2 * B
+    assert examples(tokens_per_batch=10**6) == 4 * B, "no more than an update has"
+    assert examples(tokens_per_batch=1) == 1, "a longer row goes alone"
+    fixed = memory.estimate(recipe(folder, training={"per_device_train_batch_size": 2 * B}), device=CPU)
+    made = recipe(folder, training={"gradient_accumulation_steps": 4})
+    made.data = made.data.model_copy(update={"batching": "tokens", "tokens_per_batch": 2 * B * (S + T)})
+    assert memory.estimate(made, device=CPU)["peak"] == fixed["peak"]
+
+
 def test_lists_with_an_entry_per_layer_are_as_long_as_the_layers():
     """LED's attention windows: a model of one layer was refused a configuration for two."""
     from transformers import LEDConfig

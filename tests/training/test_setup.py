@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -60,3 +61,37 @@ def test_bf16_on_a_cpu_trains_as_fp32_does_within_its_precision(tmp_path):
         runs.train(recipe, f"training.precision={precision}", f"experiment.output_dir={run}")
         losses[precision] = [row["loss"] for row in runs.rows_of(run)]
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.01) and losses["bf16"] != losses["fp32"]
+
+
+@pytest.fixture
+def by_tokens(tmp_path):
+    """A recipe of two epochs of three updates of 8 rows, cut by a budget that holds one to three rows."""
+    return runs.write_recipe(
+        tmp_path,
+        data__batching="tokens",
+        data__tokens_per_batch=200,
+        training__num_train_epochs=2,
+        training__gradient_accumulation_steps=2,
+        checkpoint__strategy="steps",
+        checkpoint__steps=1,
+        checkpoint__save_total_limit=None,
+        evaluation__generate=False,
+        evaluation__metric="loss",
+    )
+
+
+@pytest.mark.slow
+def test_a_run_by_tokens_says_its_batch_and_resumes_to_the_bit(by_tokens, tmp_path):
+    runs.train(by_tokens)
+    run = tmp_path / "run"
+    told = (run / "train.log").read_text(encoding="utf-8")
+    assert "each update trains on 8 rows, in micro-batches of at most 200 tokens; padding: " in told
+    first = runs.rows_of(run)
+    assert len(first) == 6
+    for row in first:
+        assert 0 <= row["source_padding_share"] < 0.5 and 0 < row["padding_share"] < 0.5 > row["target_padding_share"]
+    shutil.rmtree(run / "final_model")
+    (run / "run_status.json").unlink()
+    runs.train(by_tokens, resume=str(run / "checkpoint-4"))  # in the second epoch
+    bits = ("loss", "grad_norm", "padding_share", "sample_ids_sha256")
+    assert [[row[key] for key in bits] for row in runs.rows_of(run)] == [[row[key] for key in bits] for row in first]

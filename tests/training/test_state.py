@@ -17,6 +17,16 @@ def test_skipped_windows_use_up_data_but_are_no_steps():
     assert (state.step, state.epoch, state.window, state.skipped, state.skipped_in_a_row) == (2, 1, 1, 1, 0)
 
 
+def test_padding_is_counted_by_part_and_over_all():
+    state = TrainerState()
+    assert state.padding_shares() == {"padding_share": 0.0}
+    for _ in range(2):
+        state.count_cells(Window([], 1, 1, [], cells=(8, 2), padding=(2, 1)))
+    assert state.padding_shares() == {
+        "padding_share": 0.3, "source_padding_share": 0.25, "target_padding_share": 0.5,
+    }  # fmt: skip
+
+
 def test_a_checkpoint_gives_the_counts_back_to_the_bit():
     state = TrainerState(step=3, best_value=0.1 + 0.2, interval_all_tokens=7, stop_reason="done")
     assert TrainerState.from_dict(json.loads(json.dumps(state.to_dict()))) == state
