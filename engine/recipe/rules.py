@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from engine import families
+from engine import families, prompt_template
 from engine.recipe.schema import Recipe
 
 Finding = tuple[str, str]
@@ -120,8 +120,28 @@ def check_prompt(recipe: Recipe) -> Iterator[Finding]:
     if recipe.data.instruction_augmentation and style == "plain":
         keys = "data.instruction_augmentation prompt.style"
         yield keys, "needs instructions; set prompt.style: instruction or chat"
+    template = recipe.prompt.template
+    if style == "template":
+        yield from _check_template(recipe)
+    elif template is not None and set_later(recipe, "prompt.template", "prompt.style"):
+        yield "prompt.template prompt.style", f"has no effect while prompt.style is {style}; set it to template"
     if recipe.prompt.prefix and style != "plain":
         yield "prompt.prefix prompt.style", f"belongs to the plain style, and prompt.style is {style}"
+
+
+def _check_template(recipe: Recipe) -> Iterator[Finding]:
+    template = recipe.prompt.template
+    if fault := prompt_template.fault_of(template):
+        yield "prompt.template prompt.style", fault
+        return
+    names = prompt_template.names_in(template)
+    if "topic" in names and recipe.data.topic_column is None:
+        yield "prompt.template data.topic_column", "names {topic}; set data.topic_column, or leave it out"
+    if "topic" not in names and set_later(recipe, "data.topic_column", "prompt.template"):
+        yield "data.topic_column prompt.template", "has no effect: prompt.template does not name {topic}"
+    if recipe.data.instruction_augmentation and "instruction" not in names:
+        keys = "data.instruction_augmentation prompt.template"
+        yield keys, "has no effect: prompt.template does not name {instruction}"
 
 
 def check_evaluation(recipe: Recipe) -> Iterator[Finding]:

@@ -124,9 +124,10 @@ class Data(Section):
 
 
 class Prompt(Section):
-    style: Literal["plain", "instruction", "chat"] = Field("plain", description="plain: the dialogue; instruction: ### sections; chat: the tokenizer's template.")
+    style: Literal["plain", "instruction", "chat", "template"] = Field("plain", description="plain: the dialogue; instruction: ### sections; chat: the tokenizer's template; template: prompt.template.")
+    template: str | None = Field(None, description="The prompt of style template: a text with {dialogue}, and {topic} or {instruction} where wanted; the answer follows its last letter.")
     prefix: str = Field("", description="Put before the dialogue in plain style (T5's task prefix).")
-    instruction: str = Field("다음 대화를 읽고 핵심 내용을 한국어로 요약하세요.", description="The task in words, for instruction and chat.")
+    instruction: str = Field("다음 대화를 읽고 핵심 내용을 한국어로 요약하세요.", description="The task in words, for instruction, chat and {instruction} of a template.")
     system: str | None = Field("당신은 한국어 대화를 간결하고 정확하게 요약하는 도우미입니다.", description="System message of the chat style; null leaves it out.")
     date_string: str = Field("01 Jan 2025", description="Date given to chat templates that print one, so that prompts do not change from day to day.")
     enable_thinking: bool = Field(False, description="Reasoning mode of templates that have one (Qwen3).")
