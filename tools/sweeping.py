@@ -28,7 +28,7 @@ from engine.runtime.lock import FolderLock
 from engine.runtime.process import ENDS_WITH_PARENT
 from engine.runtime.run_status import read_status
 from engine.runtime.signals import Stopped
-from engine.training.evaluation import LOWER_IS_BETTER
+from engine.scoring.extra import key_of, less_is_better
 
 if TYPE_CHECKING:
     import optuna
@@ -66,7 +66,7 @@ def name_of(number: int) -> str:
 
 def ranked(rows: Sequence[dict[str, Any]], metric: str) -> list[dict[str, Any]]:
     """Best first; of equal ones the earlier. Then the pruned, then the failed."""
-    sign = 1 if metric in LOWER_IS_BETTER else -1
+    sign = 1 if less_is_better(metric) else -1
     order = list(_STATES.values())
     return sorted(rows, key=lambda row: (order.index(row["status"]), sign * (row[metric] or 0)))
 
@@ -131,7 +131,7 @@ class Sweep(AbstractContextManager):
             optuna.create_study(
                 study_name=_NAME,
                 storage=storage,
-                direction="minimize" if self.metric in LOWER_IS_BETTER else "maximize",
+                direction="minimize" if less_is_better(self.metric) else "maximize",
                 load_if_exists=True,
             )
         except DBAPIError as error:
@@ -256,7 +256,7 @@ class Sweep(AbstractContextManager):
     def _tell_evaluations(self, trial: optuna.Trial, process: subprocess.Popen[bytes], run: Path) -> None:
         told = trial.study.trials[trial.number].intermediate_values
         for row in read_rows(run / "metrics.jsonl"):
-            value = row.get(self.metric)
+            value = row.get(key_of(self.metric))
             if row["split"] != "dev" or value is None or not math.isfinite(value) or row["step"] < max(told, default=0):
                 continue
             if row["step"] not in told:

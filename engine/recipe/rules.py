@@ -18,7 +18,14 @@ COMMIT = re.compile(r"[0-9a-f]{40}\Z")
 T5_NAME = re.compile(r"t5(?![a-z])|\bul2\b", re.IGNORECASE)
 # A config may name code to be loaded; a recipe may not.
 CODE_IN_CONFIG = {"auto_map", "auto_class", "custom_generate", "trust_remote_code", "quantization_config"}
-PATHS = ("experiment.output_root", "experiment.output_dir", "data.train_file", "data.validation_file", "data.test_file")
+PATHS = (
+    "experiment.output_root",
+    "experiment.output_dir",
+    "data.train_file",
+    "data.validation_file",
+    "data.test_file",
+    "evaluation.bertscore_model",
+)
 
 
 def is_t5(recipe: Recipe) -> bool:
@@ -149,6 +156,7 @@ def check_evaluation(recipe: Recipe) -> Iterator[Finding]:
     if not off and evaluation.metric != "loss" and not evaluation.generate:
         keys = "evaluation.metric evaluation.generate"
         yield keys, f"is {evaluation.metric}, which generate: false does not produce; use loss, or generate: true"
+    yield from _check_extra_metrics(recipe)
     # Only where the metric was asked for after evaluation was switched off: with its default value nothing was asked.
     if off and set_later(recipe, "evaluation.metric", "evaluation.strategy"):
         yield "evaluation.metric evaluation.strategy", "chooses nothing while evaluation.strategy is no"
@@ -161,6 +169,23 @@ def check_evaluation(recipe: Recipe) -> Iterator[Finding]:
             yield " ".join(reversed(keys)), f"is steps, which needs {name}.steps"
         if section.strategy != "steps" and section.steps and set_later(recipe, *keys):
             yield " ".join(keys), f"has no effect while {name}.strategy is {section.strategy}; set it to steps"
+
+
+def _check_extra_metrics(recipe: Recipe) -> Iterator[Finding]:
+    evaluation = recipe.evaluation
+    names = [name.rpartition(":")[2] for name in evaluation.extra_metrics]
+    if len(set(names)) < len(names):
+        yield "evaluation.extra_metrics", "names two metrics alike"
+    if names and not evaluation.generate and set_later(recipe, "evaluation.extra_metrics", "evaluation.generate"):
+        yield "evaluation.extra_metrics evaluation.generate", "has no effect with generate: false"
+    if "bertscore" in evaluation.extra_metrics and not evaluation.bertscore_model:
+        yield "evaluation.bertscore_model evaluation.extra_metrics", "is missing; name the folder of an encoder"
+    if evaluation.metric.endswith(":bertscore") and "bertscore" not in names:
+        yield "evaluation.metric evaluation.extra_metrics", "is bertscore; add it to evaluation.extra_metrics"
+    for key in ("bertscore_model", "bertscore_layer"):
+        set_here = set_later(recipe, f"evaluation.{key}", "evaluation.extra_metrics")
+        if getattr(evaluation, key) and "bertscore" not in evaluation.extra_metrics and set_here:
+            yield f"evaluation.{key} evaluation.extra_metrics", "has no effect without bertscore in extra_metrics"
 
 
 def check_generation(recipe: Recipe) -> Iterator[Finding]:

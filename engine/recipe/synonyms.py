@@ -64,6 +64,8 @@ _THEIRS = {
     "evaluation.strategy": "eval_strategy evaluation_strategy",
     "evaluation.steps": "eval_steps run_val_every_n_steps evals_per_epoch eval_interval val_check_interval",
     "evaluation.metric": "metric_for_best_model best_metric",
+    "evaluation.extra_metrics": "compute_metrics metrics",
+    "evaluation.bertscore_model": "bert_score_model",
     "evaluation.generate": "predict_with_generate do_generate",
     "evaluation.per_device_eval_batch_size": "eval_batch_size val_batch_size",
     "evaluation.rouge_tokenizer": "rouge_mode",
