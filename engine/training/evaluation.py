@@ -106,7 +106,9 @@ def try_metrics(own: Mapping[str, extra.Metric], rows: Sequence[Example], runtim
         EngineError: E3.41 for one that fails; one that is NaN there may be a number for other texts.
     """
     split = Split("dev", list(rows[:2]), [], [])
-    for name, metric in own.items() if runtime.is_main else ():
+    for name, metric in own.items():
+        if not runtime.is_main:
+            return
         with same_random_state(runtime):
             _, _, problem = _measured(name, metric, [row.references[0] for row in split.examples], split)
         if problem and " failed" in problem:

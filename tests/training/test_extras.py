@@ -233,7 +233,7 @@ def test_hooks_are_called_in_order_with_what_was_written(tmp_path):
 @pytest.mark.parametrize("hook", ["on_log", "on_evaluation", "on_save", "on_end"])
 def test_a_hook_that_fails_ends_the_run_saved_in_one_line(tmp_path, hook):
     notes = Notes(hook)
-    recipe = recipe_of(tmp_path)
+    recipe = recipe_of(tmp_path, checkpoint__sync=True)
     with pytest.raises(
         EngineError, match=f"E2.85.*callback Notes.{hook} failed at test_extras.py:.*server is down"
     ) as told:
