@@ -59,9 +59,9 @@ class BertScore:
                 return_special_tokens_mask=True,
                 return_tensors="pt",
             )
-            frame, mask = batch.pop("special_tokens_mask").bool(), batch["attention_mask"].bool()
-            batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
-            states = self.model(**batch, output_hidden_states=True).hidden_states[self.layer].cpu()
+            frame, mask = batch["special_tokens_mask"].bool(), batch["attention_mask"].bool()
+            inputs = {name: batch[name].to(self.device) for name in ("input_ids", "attention_mask")}
+            states = self.model(**inputs, output_hidden_states=True).hidden_states[self.layer].cpu()
             states = nn.functional.normalize(states, dim=-1)
             for row, i in enumerate(places):
                 found[i] = states[row][mask[row]], ~frame[row][mask[row]]

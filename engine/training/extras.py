@@ -17,6 +17,7 @@ import torch
 
 from engine.errors import EngineError
 from engine.models import hub
+from engine.models.tokenization import load_tokenizer
 from engine.models.weights import quiet_transformers
 from engine.runtime.faults import at_line, blaming, first_line
 from engine.scoring import extra
@@ -194,7 +195,7 @@ def _places(spec: ModuleSpec | None) -> str:
 
 def _bertscore(settings: Evaluation, runtime: Runtime) -> extra.Metric:
     """Raises: EngineError E4 where the folder holds no model with safetensors, E2.83 for a layer that it has not."""
-    from transformers import AutoModel, AutoTokenizer
+    from transformers import AutoModel
 
     if not runtime.is_main:
         return _nothing  # never called: the main rank scores
@@ -203,9 +204,9 @@ def _bertscore(settings: Evaluation, runtime: Runtime) -> extra.Metric:
         raise EngineError("E4.1", "no such model folder", str(folder), "check evaluation.bertscore_model")
     folder = hub.resolve(str(folder))
     with hub.blaming_folder(folder), quiet_transformers():
-        local = {"local_files_only": True, "trust_remote_code": False}
-        model = AutoModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32, **local)
-        tokenizer = AutoTokenizer.from_pretrained(folder, **local)
+        safely = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
+        model = AutoModel.from_pretrained(folder, dtype=torch.float32, **safely)
+        tokenizer = load_tokenizer(folder)
         layers = model.config.num_hidden_layers
     layer = settings.bertscore_layer or -(-3 * layers // 4)
     if layer > layers:

@@ -88,6 +88,7 @@ def test_the_table_of_hyperparameters_holds_the_best_scores_and_no_secret(tmp_pa
 
 def test_a_resumed_run_is_one_run_without_a_step_twice(tmp_path):
     steps = ["checkpoint.strategy=steps", "checkpoint.steps=2", "evaluation.strategy=steps", "evaluation.steps=1"]
+    steps.append("checkpoint.save_total_limit=null")
     recipe = runs.write_recipe(tmp_path, rows=20, tracking__report_to=["tensorboard"])
     runs.train(recipe, *steps)
     run = tmp_path / "run"

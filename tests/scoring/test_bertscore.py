@@ -47,7 +47,7 @@ def test_it_is_the_papers_formula(layer, tmp_path):
         for prediction, row in zip(PREDICTIONS, REFERENCES, strict=True)
     ]
     assert found == pytest.approx(expected, abs=1e-3)
-    assert found[0] == pytest.approx(100, abs=1e-3) and found[3] == 0.0 and 0 < found[2] < found[1] < 99.9
+    assert found[0] == pytest.approx(100, abs=1e-3) and found[3] == 0.0 and max(found[1:]) < 99.9
 
 
 def test_batches_precision_and_length_change_nothing(monkeypatch):
