@@ -94,12 +94,15 @@ class Sweep(AbstractContextManager):
 
     Raises:
         EngineError: E2.30 while another process sweeps there, E2.80 for a folder of something else, E2.82 without
-            Optuna, E6.9 for a study that cannot be read.
+            Optuna, E2.86 for a recipe that names code, E6.9 for a study that cannot be read.
     """
 
     def __init__(self, folder: Path, plan: Plan) -> None:
         first = plan.recipe_of(next(plan.examples()))
         self.folder, self.plan, self.metric = folder, plan, first.evaluation.metric
+        if any(":" in name for name in first.evaluation.extra_metrics):
+            what = "a sweep runs no code that a recipe names"
+            raise EngineError("E2.86", what, "evaluation.extra_metrics", "leave it out; bertscore may stay")
         self._turn = threading.Lock()  # of the workers at the terminal and the table
         strangers = folder.is_dir() and any(entry.name[0] != "." for entry in folder.iterdir())
         if strangers and not (folder / "study.db").exists():
