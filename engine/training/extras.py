@@ -135,6 +135,9 @@ def _check_names(settings: Evaluation, found: Mapping[str, Any], given: Mapping[
         if taken or not name.isidentifier() or not callable(metric):
             what = f"{name!r} cannot be a metric: its name is taken, or no name, or it is no function"
             raise EngineError("E2.83", what, "metrics", "give it another name, of letters, digits and underscores")
+    if given and not settings.generate:
+        what = "metrics score summaries, and evaluation.generate is false"
+        raise EngineError("E2.83", what, "metrics", "set evaluation.generate: true")
     wanted = extra.key_of(settings.metric)
     if ":" in settings.metric and wanted not in found:
         there = f"there are {', '.join(found)}" if found else "none was given"
