@@ -138,9 +138,8 @@ def run(
         folder = runtime.open_run(recipe, resume)
         if folder.finished:
             return finish.already_complete(folder.path, runtime)
-        splits = setup.read_splits(
-            recipe, runtime, extras.metrics
-        )  # bad rows are told before minutes go into loading a model
+        # Bad rows and metrics are told before minutes go into loading a model.
+        splits = setup.read_splits(recipe, runtime, extras.metrics)
         with setup.prepare(recipe, runtime, folder, splits, resume, allow_change, extras) as job:
             train(job)
             return finish.write_results(job, splits.test)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import csv
-import importlib
 import json
 import math
 import sys
-from importlib.machinery import PathFinder
 
 import pytest
 import runs
@@ -17,7 +15,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from engine import load_recipe
 from engine.errors import EngineError
 from engine.train import main, run
-from engine.training import extras
 
 LENGTH_ERROR = """
 def length_error(predictions, references):
@@ -129,45 +126,6 @@ def test_no_recipe_can_set_the_flag(tmp_path):
             load_recipe(recipe_of(tmp_path), [wrong])
 
 
-def test_code_that_only_lies_about_is_not_imported(tmp_path, site, monkeypatch):
-    (tmp_path / "lying_about.py").write_text("raise SystemExit('imported')\n")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))  # as `python -m` and PYTHONPATH=. have it
-    for name in ("lying_about:f", "subprocess:call", "os:system", "nowhere_at_all:f"):
-        with pytest.raises(EngineError, match="E2.86.*no installed module"):
-            extras.installed(name)
-    (site / "hidden.py").write_text(LENGTH_ERROR)
-    assert extras.installed("hidden:length_error")(["가나"], [["가"]]) == [1]
-    del sys.modules["hidden"]
-    (tmp_path / "hidden.py").write_text("raise SystemExit('imported')\n")
-    importlib.invalidate_caches()
-    with pytest.raises(EngineError, match="E2.86.*hidden would be imported from .*which hides the installed one"):
-        extras.installed("hidden:length_error")
-
-
-def test_installed_code_that_cannot_be_imported_is_one_line(site):
-    (site / "broken_metrics.py").write_text("import no_such_module_here\n")
-    (site / "empty_metrics.py").write_text("")
-    for name, reason in (("broken_metrics:f", "no_such_module_here"), ("empty_metrics:f", "no attribute 'f'")):
-        with pytest.raises(EngineError, match=f"E2.86.*cannot be imported.*{reason}"):
-            extras.installed(name)
-
-
-def test_import_hooks_of_editable_installs_are_asked(tmp_path, monkeypatch):
-    folder = tmp_path / "elsewhere"
-    folder.mkdir()
-    (folder / "edited.py").write_text(LENGTH_ERROR)
-
-    class Finder:
-        @staticmethod
-        def find_spec(name, path, target=None):
-            return PathFinder.find_spec(name, [str(folder)]) if name == "edited" else None
-
-    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path, Finder])
-    assert callable(extras.installed("edited:length_error"))
-    del sys.modules["edited"]
-
-
 # BERTScore
 
 
@@ -187,68 +145,3 @@ def test_bertscore_from_a_recipe_changes_no_other_number(tmp_path):
         started(recipe, *chosen, "evaluation.bertscore_layer=3")
     with pytest.raises(EngineError, match="E4.1.*no such model folder"):
         started(recipe, chosen[0], "evaluation.bertscore_model=nowhere/at/all")
-
-
-# Callbacks
-
-
-class Notes:
-    """Every hook; one of them may fail."""
-
-    def __init__(self, failing=None):
-        self.failing, self.calls = failing, []
-
-    def _note(self, hook, value):
-        self.calls.append((hook, value))
-        if hook == self.failing:
-            raise RuntimeError("the chat server is down")
-
-    def on_log(self, row):
-        self._note("on_log", row)
-        row.clear()  # a copy: nobody else misses it
-
-    def on_evaluation(self, row):
-        self._note("on_evaluation", row)
-
-    def on_save(self, path):
-        assert (path / "manifest.json").is_file()
-        self._note("on_save", path.name)
-
-    def on_end(self, results):
-        self._note("on_end", results)
-
-
-def test_hooks_are_called_in_order_with_what_was_written(tmp_path):
-    notes = Notes()
-    results = run(
-        load_recipe(recipe_of(tmp_path, checkpoint__strategy="steps", checkpoint__steps=1)), callbacks=[notes]
-    )
-    called = [hook for hook, _ in notes.calls]
-    assert called.count("on_log") == called.count("on_evaluation") == called.count("on_save") == 3
-    assert called[-1] == "on_end" and notes.calls[-1][1] == results
-    assert [value for hook, value in notes.calls if hook == "on_save"] == [f"checkpoint-{n}" for n in (1, 2, 3)]
-    rows = [value for hook, value in notes.calls if hook == "on_evaluation"]
-    assert [row["rouge1"] for row in rows] == [row["rouge1"] for row in runs.rows_of(tmp_path / "run", "dev")]
-
-
-@pytest.mark.parametrize("hook", ["on_log", "on_evaluation", "on_save", "on_end"])
-def test_a_hook_that_fails_ends_the_run_saved_in_one_line(tmp_path, hook):
-    notes = Notes(hook)
-    recipe = recipe_of(tmp_path, checkpoint__sync=True)
-    with pytest.raises(
-        EngineError, match=f"E2.85.*callback Notes.{hook} failed at test_extras.py:.*server is down"
-    ) as told:
-        run(load_recipe(recipe), callbacks=[notes])
-    assert len(str(told.value).splitlines()) == 1 and "--resume auto" in str(told.value)
-    assert notes.calls[-1][0] == hook  # and nothing after it
-    saved = "the results are written" if hook == "on_end" else "checkpoint-"
-    assert saved in told.value.safe and list((tmp_path / "run").glob("checkpoint-*/manifest.json"))
-    again = Notes()
-    results = started(recipe, resume="auto", callbacks=[again])
-    assert results["last_step"] == 3 and again.calls[-1][0] == "on_end"
-
-
-def test_callbacks_that_are_none_are_refused(tmp_path):
-    for wrong, reason in ((object(), "has no method of ours"), (type("Mine", (), {"on_step": 1})(), "has on_step")):
-        with pytest.raises(EngineError, match=f"E2.84.*{reason}"):
-            run(load_recipe(recipe_of(tmp_path)), callbacks=[wrong])
