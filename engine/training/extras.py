@@ -99,7 +99,10 @@ def _bertscore(settings: Evaluation, runtime: Runtime) -> extra.Metric:
     folder = hub.resolve(str(folder))
     with hub.blaming_folder(folder), quiet_transformers():
         safely = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
-        model = AutoModel.from_pretrained(folder, dtype=torch.float32, **safely)
+        model, info = AutoModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **safely)
+        if missing := sorted(name for name in info["missing_keys"] if not name.startswith("pooler.")):
+            what = f"{len(missing)} weights of BERTScore's model are missing and would be random: {missing[0]}, ..."
+            raise EngineError("E4.8", what, str(folder), "use the folder of a whole encoder")
         tokenizer = load_tokenizer(folder)
         layers = model.config.num_hidden_layers
     layer = settings.bertscore_layer or -(-3 * layers // 4)

@@ -10,6 +10,7 @@ import sys
 import pytest
 import runs
 import tiny
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from engine import load_recipe
@@ -143,5 +144,10 @@ def test_bertscore_from_a_recipe_changes_no_other_number(tmp_path):
     assert all(0 < row["bertscore"] <= 100 for row in runs.rows_of(tmp_path / "run", "dev"))
     with pytest.raises(EngineError, match="E2.83.*bertscore_layer is 3, and the model has 2 layers"):
         started(recipe, *chosen, "evaluation.bertscore_layer=3")
+    weights = tmp_path / "bert" / "model.safetensors"
+    kept = {name: tensor for name, tensor in load_file(weights).items() if "layer.1" not in name}
+    save_file(kept, weights, {"format": "pt"})
+    with pytest.raises(EngineError, match="E4.8.*would be random"):
+        started(recipe, *chosen)
     with pytest.raises(EngineError, match="E4.1.*no such model folder"):
         started(recipe, chosen[0], "evaluation.bertscore_model=nowhere/at/all")
