@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from engine.recipe.schema import Recipe, Training
     from engine.runtime.process import Runtime
+    from engine.scoring.extra import Metric
     from engine.training.job import Job
     from engine.training.state import Update, Window
 
@@ -102,7 +103,14 @@ def train_step(
 
 
 def run(
-    recipe: Recipe, *, resume: str | None = None, allow_change: Sequence[str] = (), dry_run: bool = False
+    recipe: Recipe,
+    *,
+    resume: str | None = None,
+    allow_change: Sequence[str] = (),
+    dry_run: bool = False,
+    metrics: Mapping[str, Metric] | None = None,
+    callbacks: Sequence[Any] = (),
+    allow_code: bool = False,
 ) -> dict[str, Any]:
     """Train as the recipe says and return what `results.json` holds.
 
@@ -110,21 +118,29 @@ def run(
         resume: "auto" continues the run folder's newest valid checkpoint, if there is one; a path names one.
         allow_change: recipe keys (or `world_size`) that may differ from the checkpoint's.
         dry_run: stop after the first batch and return the plan: updates, tokens, parameters, memory. Writes nothing.
+        metrics: scores of your own by name, as engine/scoring/extra.py describes them; `evaluation.metric: max:NAME` or
+            `min:NAME` lets one choose the best checkpoint.
+        callbacks: objects with some of the methods on_log(row), on_evaluation(row), on_save(path) and on_end(results); called
+            on the main rank only.
+        allow_code: import what the recipe's `evaluation.extra_metrics` names.
 
     Raises:
         EngineError: with the exit code of the command line in `.exit_code`.
     """
     from engine.runtime.process import start
     from engine.training import finish, setup
+    from engine.training.extras import Extras
 
     with start(recipe) as runtime:
+        extras = Extras.of(recipe, runtime, metrics or {}, callbacks, allow_code=allow_code)
         if dry_run:
             return setup.dry_run(recipe, runtime)
         folder = runtime.open_run(recipe, resume)
         if folder.finished:
             return finish.already_complete(folder.path, runtime)
-        splits = setup.read_splits(recipe, runtime)  # bad rows are told before minutes go into loading a model
-        with setup.prepare(recipe, runtime, folder, splits, resume, allow_change) as job:
+        # Bad rows and metrics are told before minutes go into loading a model.
+        splits = setup.read_splits(recipe, runtime, extras.metrics)
+        with setup.prepare(recipe, runtime, folder, splits, resume, allow_change, extras) as job:
             train(job)
             return finish.write_results(job, splits.test)
 
@@ -140,7 +156,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.print_recipe:
         print(print_recipe(recipe), end="")
         return 0
-    run(recipe, resume=options.resume, allow_change=options.allow_change, dry_run=options.dry_run)
+    names = ("resume", "allow_change", "dry_run", "allow_code")
+    run(recipe, **{name: getattr(options, name) for name in names})
     return 0
 
 
@@ -172,6 +189,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="stop before the first update; print the plan")
     parser.add_argument(
         "--print-recipe", action="store_true", help="print the resolved recipe with each value's origin"
+    )
+    parser.add_argument(
+        "--allow-code", action="store_true", help="import the functions that evaluation.extra_metrics names"
     )
     parser.add_argument("--traceback", action="store_true", help="print a traceback for every error")
     return parse_options(parser, arguments)

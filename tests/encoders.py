@@ -16,6 +16,7 @@ from engine.recipe.schema import PLACEHOLDERS, Prompt
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"  # beside the checkout, where it is at hand
 DIALOGUE = tiny.TEXTS[0]
 SUMMARY = tiny.TEXTS[5]
+TEMPLATE = "[질문] {instruction}\n<<{dialogue}>>\n[답]\n"
 
 
 def example(dialogue: str = DIALOGUE, *references: str, topic: str | None = None) -> Example:
@@ -23,7 +24,8 @@ def example(dialogue: str = DIALOGUE, *references: str, topic: str | None = None
 
 
 def settings(style: str = "plain", **changes) -> PromptSettings:
-    return PromptSettings(**Prompt(style=style).model_dump() | changes)
+    template = {"template": TEMPLATE} if style == "template" else {}
+    return PromptSettings(**Prompt(style=style).model_dump() | template | changes)
 
 
 def encoder(family: str, style: str = "plain", *, source: int = 512, target: int = 128, tokenizer=None) -> TextEncoder:

@@ -129,3 +129,29 @@ def seq2seq_batch(rows: int = 3, source: int = 9, target: int = 6, vocabulary: i
 
 def batch_for(family: str) -> dict[str, torch.Tensor]:
     return causal_batch() if family in CAUSAL else seq2seq_batch()
+
+
+def bert(folder: Path | None = None) -> tuple[torch.nn.Module, Any]:
+    """A BERT encoder of two layers and a tokenizer that frames texts with [CLS] and [SEP]; saved where a folder is given."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    words = "[PAD] [UNK] [CLS] [SEP]".split() + sorted({letter for text in TEXTS for letter in text if letter.strip()})
+    backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
+    letters = pre_tokenizers.Split(Regex("."), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), letters])
+    frame = [("[CLS]", 2), ("[SEP]", 3)]
+    backend.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=frame)
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=512, **names)
+    sizes = {"hidden_size": HIDDEN, "intermediate_size": FEED_FORWARD, "max_position_embeddings": 128}
+    config = BertConfig(
+        vocab_size=len(words), num_hidden_layers=LAYERS, num_attention_heads=HEADS, pad_token_id=0, **sizes
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        encoder = BertModel(config).eval()
+    if folder is not None:
+        encoder.save_pretrained(folder)
+        made.save_pretrained(folder)
+    return encoder, made

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 MOST_COMBINATIONS = 500
 # Runs that differ in these do not compare: they are scored on other rows, in other words, or by something else.
 _SAME_FOR_ALL = re.compile(
-    r"experiment\..*|data\.(validation_file|max_validation_samples)|evaluation\.(metric|max_samples|rouge_tokenizer)"
+    r"experiment\..*|data\.(validation_file|max_validation_samples)"
+    r"|evaluation\.(metric|max_samples|rouge_tokenizer|bertscore_\w+)"
 )
 
 

@@ -23,7 +23,7 @@ from engine.reporting.tracking import read_rows
 from engine.runtime.atomic import read_json, write_text_atomically
 from engine.runtime.lock import FolderLock
 from engine.runtime.signals import Stopped
-from engine.training.evaluation import LOWER_IS_BETTER
+from engine.scoring.extra import key_of, less_is_better
 
 if TYPE_CHECKING:
     import optuna
@@ -58,7 +58,7 @@ def name_of(number: int) -> str:
 
 def ranked(rows: Sequence[dict[str, Any]], metric: str) -> list[dict[str, Any]]:
     """Best first; of equal ones the earlier. Then the pruned, then the failed."""
-    sign = 1 if metric in LOWER_IS_BETTER else -1
+    sign = 1 if less_is_better(metric) else -1
     order = list(_STATES.values())
     return sorted(rows, key=lambda row: (order.index(row["status"]), sign * (row[metric] or 0)))
 
@@ -82,12 +82,15 @@ class Sweep(AbstractContextManager):
 
     Raises:
         EngineError: E2.30 while another process sweeps there, E2.80 for a folder of something else, E2.82 without
-            Optuna, E6.9 for a study that cannot be read.
+            Optuna, E2.86 for a recipe that names code, E6.9 for a study that cannot be read.
     """
 
     def __init__(self, folder: Path, plan: Plan) -> None:
         first = plan.recipe_of(next(plan.examples()))
         self.folder, self.plan, self.metric = folder, plan, first.evaluation.metric
+        if any(":" in name for name in first.evaluation.extra_metrics):
+            what = "a sweep runs no code that a recipe names"
+            raise EngineError("E2.86", what, "evaluation.extra_metrics", "leave it out; bertscore may stay")
         self._turn = threading.Lock()  # of the workers at the terminal and the table
         strangers = folder.is_dir() and any(entry.name[0] != "." for entry in folder.iterdir())
         if strangers and not (folder / "study.db").exists():
@@ -119,7 +122,7 @@ class Sweep(AbstractContextManager):
             optuna.create_study(
                 study_name=_NAME,
                 storage=storage,
-                direction="minimize" if self.metric in LOWER_IS_BETTER else "maximize",
+                direction="minimize" if less_is_better(self.metric) else "maximize",
                 load_if_exists=True,
             )
         except DBAPIError as error:
@@ -232,7 +235,7 @@ class Sweep(AbstractContextManager):
     def _tell_evaluations(self, trial: optuna.Trial, process: subprocess.Popen[bytes], run: Path) -> None:
         told = trial.study.trials[trial.number].intermediate_values
         for row in read_rows(run / "metrics.jsonl"):
-            value = row.get(self.metric)
+            value = row.get(key_of(self.metric))
             if row["split"] != "dev" or value is None or not math.isfinite(value) or row["step"] < max(told, default=0):
                 continue
             if row["step"] not in told:

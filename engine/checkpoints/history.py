@@ -20,6 +20,7 @@ from engine.errors import EngineError
 from engine.runtime.atomic import reached, read_json, remove_partials, write_json_atomically
 from engine.runtime.faults import blaming
 from engine.runtime.run_folder import CHECKPOINT, MANIFEST
+from engine.scoring.extra import less_is_better
 
 log = logging.getLogger("engine.checkpoints")
 _LEFTOVER = re.compile(r"\.(tmp|trash)-checkpoint-\d+-[0-9a-f]+")
@@ -236,7 +237,7 @@ class History:
         for step in self.steps():
             value = read_json(self.path_of(step) / MANIFEST).get("metrics", {}).get(metric)
             if isinstance(value, int | float) and _is_whole(self.path_of(step)):
-                found.append((value if metric == "loss" else -value, step, value))
+                found.append((value if less_is_better(metric) else -value, step, value))
         _, step, value = min(found, default=(0, None, None))
         log.warning("the best checkpoint, of step %s, is lost; next best: %s", lost["step"], step)
         return None if step is None else {"step": step, "metric": metric, "value": value}

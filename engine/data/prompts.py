@@ -13,7 +13,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-STYLES = ("plain", "instruction", "chat")
+from engine import prompt_template
+
+STYLES = ("plain", "instruction", "chat", "template")
 
 # Ways in which a person may ask for a summary. The first is the recipe's default.
 INSTRUCTION_VARIANTS: tuple[str, ...] = (
@@ -43,14 +45,17 @@ class PromptSettings:
     system: str | None = None
     date_string: str = "01 Jan 2025"
     enable_thinking: bool = False
+    template: str | None = None
 
     def __post_init__(self) -> None:
         if self.style not in STYLES:
             raise ValueError(f"prompt style {self.style!r} is none of {', '.join(STYLES)}")
         for field in fields(self):
             value, kind = getattr(self, field.name), bool if field.name == "enable_thinking" else str
-            if not isinstance(value, kind) and not (field.name == "system" and value is None):
+            if not isinstance(value, kind) and not (field.name in ("system", "template") and value is None):
                 raise ValueError(f"prompt {field.name} must be {kind.__name__}, not {type(value).__name__}")
+        if self.style == "template" and (fault := prompt_template.fault_of(self.template)):
+            raise ValueError(f"prompt template {fault}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -74,18 +79,24 @@ class PromptSettings:
             shape = [chat_messages("D", self, topic="T"), chat_template, self.date_string, self.enable_thinking]
         else:
             shape = [source_text("D", self, topic="T"), PLAIN_ANSWER_CUE if self.style == "plain" else ""]
+        if self.style == "template":
+            shape.append(self.template)  # the example alone does not tell which of its letters are the dialogue
         return hashlib.sha256(json.dumps([self.style, shape], ensure_ascii=False).encode("utf-8")).hexdigest()
 
 
 def source_text(
     dialogue: str, settings: PromptSettings, topic: str | None = None, instruction: str | None = None
 ) -> str:
-    """The source of the plain style, or the whole prompt of the instruction style (ending in `### Response:\\n`).
+    """The source of the plain style, or the whole prompt of the instruction style (ending in `### Response:\\n`) and of a
+    template of one's own.
 
     Args:
-        topic: given to the model above the dialogue; None leaves it out.
+        topic: given to the model above the dialogue, or where the template says so; None leaves it out.
         instruction: replaces the settings' instruction (augmentation); the plain style has none.
     """
+    if settings.style == "template":
+        values = {"dialogue": dialogue, "topic": topic or "", "instruction": instruction or settings.instruction}
+        return prompt_template.fill(settings.template, values)
     content = _with_topic(dialogue, topic)
     if settings.style == "plain":
         return settings.prefix + content

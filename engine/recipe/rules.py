@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from engine import families
+from engine import families, prompt_template
 from engine.recipe.schema import Recipe
 
 Finding = tuple[str, str]
@@ -18,7 +18,14 @@ COMMIT = re.compile(r"[0-9a-f]{40}\Z")
 T5_NAME = re.compile(r"t5(?![a-z])|\bul2\b", re.IGNORECASE)
 # A config may name code to be loaded; a recipe may not.
 CODE_IN_CONFIG = {"auto_map", "auto_class", "custom_generate", "trust_remote_code", "quantization_config"}
-PATHS = ("experiment.output_root", "experiment.output_dir", "data.train_file", "data.validation_file", "data.test_file")
+PATHS = (
+    "experiment.output_root",
+    "experiment.output_dir",
+    "data.train_file",
+    "data.validation_file",
+    "data.test_file",
+    "evaluation.bertscore_model",
+)
 
 
 def is_t5(recipe: Recipe) -> bool:
@@ -130,8 +137,28 @@ def check_prompt(recipe: Recipe) -> Iterator[Finding]:
     if recipe.data.instruction_augmentation and style == "plain":
         keys = "data.instruction_augmentation prompt.style"
         yield keys, "needs instructions; set prompt.style: instruction or chat"
+    template = recipe.prompt.template
+    if style == "template":
+        yield from _check_template(recipe)
+    elif template is not None and set_later(recipe, "prompt.template", "prompt.style"):
+        yield "prompt.template prompt.style", f"has no effect while prompt.style is {style}; set it to template"
     if recipe.prompt.prefix and style != "plain":
         yield "prompt.prefix prompt.style", f"belongs to the plain style, and prompt.style is {style}"
+
+
+def _check_template(recipe: Recipe) -> Iterator[Finding]:
+    template = recipe.prompt.template
+    if fault := prompt_template.fault_of(template):
+        yield "prompt.template prompt.style", fault
+        return
+    names = prompt_template.names_in(template)
+    if "topic" in names and recipe.data.topic_column is None:
+        yield "prompt.template data.topic_column", "names {topic}; set data.topic_column, or leave it out"
+    if "topic" not in names and set_later(recipe, "data.topic_column", "prompt.template"):
+        yield "data.topic_column prompt.template", "has no effect: prompt.template does not name {topic}"
+    if recipe.data.instruction_augmentation and "instruction" not in names:
+        keys = "data.instruction_augmentation prompt.template"
+        yield keys, "has no effect: prompt.template does not name {instruction}"
 
 
 def check_evaluation(recipe: Recipe) -> Iterator[Finding]:
@@ -139,6 +166,7 @@ def check_evaluation(recipe: Recipe) -> Iterator[Finding]:
     if not off and evaluation.metric != "loss" and not evaluation.generate:
         keys = "evaluation.metric evaluation.generate"
         yield keys, f"is {evaluation.metric}, which generate: false does not produce; use loss, or generate: true"
+    yield from _check_extra_metrics(recipe)
     # Only where the metric was asked for after evaluation was switched off: with its default value nothing was asked.
     if off and set_later(recipe, "evaluation.metric", "evaluation.strategy"):
         yield "evaluation.metric evaluation.strategy", "chooses nothing while evaluation.strategy is no"
@@ -151,6 +179,23 @@ def check_evaluation(recipe: Recipe) -> Iterator[Finding]:
             yield " ".join(reversed(keys)), f"is steps, which needs {name}.steps"
         if section.strategy != "steps" and section.steps and set_later(recipe, *keys):
             yield " ".join(keys), f"has no effect while {name}.strategy is {section.strategy}; set it to steps"
+
+
+def _check_extra_metrics(recipe: Recipe) -> Iterator[Finding]:
+    evaluation = recipe.evaluation
+    names = [name.rpartition(":")[2] for name in evaluation.extra_metrics]
+    if len(set(names)) < len(names):
+        yield "evaluation.extra_metrics", "names two metrics alike"
+    if names and not evaluation.generate and set_later(recipe, "evaluation.extra_metrics", "evaluation.generate"):
+        yield "evaluation.extra_metrics evaluation.generate", "has no effect with generate: false"
+    if "bertscore" in evaluation.extra_metrics and not evaluation.bertscore_model:
+        yield "evaluation.bertscore_model evaluation.extra_metrics", "is missing; name the folder of an encoder"
+    if evaluation.metric.endswith(":bertscore") and "bertscore" not in names:
+        yield "evaluation.metric evaluation.extra_metrics", "is bertscore; add it to evaluation.extra_metrics"
+    for key in ("bertscore_model", "bertscore_layer"):
+        set_here = set_later(recipe, f"evaluation.{key}", "evaluation.extra_metrics")
+        if getattr(evaluation, key) and "bertscore" not in evaluation.extra_metrics and set_here:
+            yield f"evaluation.{key} evaluation.extra_metrics", "has no effect without bertscore in extra_metrics"
 
 
 def check_generation(recipe: Recipe) -> Iterator[Finding]:

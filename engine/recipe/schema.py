@@ -21,6 +21,8 @@ Rate = Annotated[float, Field(ge=0)]
 AboveZero = Annotated[float, Field(gt=0)]
 TokenId = NonNegative
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+OwnMetric = Annotated[str, Field(pattern=r"^(max|min):[^\W\d]\w{0,63}\z")]
+ExtraMetric = Annotated[str, Field(pattern=r"^(bertscore|[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w{0,63})\z")]
 Script = Literal[
     "hangul", "latin", "kana", "han", "cyrillic", "greek", "arabic", "hebrew", "thai", "devanagari", "digits", "punctuation", "emoji", "other"
 ]
@@ -126,9 +128,10 @@ class Data(Section):
 
 
 class Prompt(Section):
-    style: Literal["plain", "instruction", "chat"] = Field("plain", description="plain: the dialogue; instruction: ### sections; chat: the tokenizer's template.")
+    style: Literal["plain", "instruction", "chat", "template"] = Field("plain", description="plain: the dialogue; instruction: ### sections; chat: the tokenizer's template; template: prompt.template.")
+    template: str | None = Field(None, description="The prompt of style template: a text with {dialogue}, and {topic} or {instruction} where wanted; the answer follows its last letter.")
     prefix: str = Field("", description="Put before the dialogue in plain style (T5's task prefix).")
-    instruction: str = Field("다음 대화를 읽고 핵심 내용을 한국어로 요약하세요.", description="The task in words, for instruction and chat.")
+    instruction: str = Field("다음 대화를 읽고 핵심 내용을 한국어로 요약하세요.", description="The task in words, for instruction, chat and {instruction} of a template.")
     system: str | None = Field("당신은 한국어 대화를 간결하고 정확하게 요약하는 도우미입니다.", description="System message of the chat style; null leaves it out.")
     date_string: str = Field("01 Jan 2025", description="Date given to chat templates that print one, so that prompts do not change from day to day.")
     enable_thinking: bool = Field(False, description="Reasoning mode of templates that have one (Qwen3).")
@@ -165,7 +168,10 @@ class Evaluation(Section):
     strategy: Literal["epoch", "steps", "no"] = Field("epoch", description="When to evaluate.")
     steps: Positive | None = Field(None, description="Updates between evaluations for strategy: steps.")
     max_samples: Positive | None = Field(None, description="Evaluate a fixed, evenly spaced subset of this many rows during training.")
-    metric: Literal["loss", "rouge1", "rouge2", "rougeL", "rouge_sum", "rouge_mean"] = Field("rouge_sum", description="Chooses the best checkpoint; loss is better when lower, ROUGE when higher.")
+    metric: Literal["loss", "rouge1", "rouge2", "rougeL", "rouge_sum", "rouge_mean"] | OwnMetric = Field("rouge_sum", json_schema_extra={"expected": "one of loss, rouge1, rouge2, rougeL, rouge_sum, rouge_mean, or max:NAME or min:NAME of an extra metric"}, description="Chooses the best checkpoint; loss is better when lower, ROUGE when higher; max:NAME or min:NAME is an extra metric.")
+    extra_metrics: list[ExtraMetric] = Field(default_factory=list, json_schema_extra={"expected": "a list of bertscore, or of installed code as module:function"}, description="Metrics beside ROUGE: bertscore, or installed code as module:function, which runs with --allow-code only.")
+    bertscore_model: str | None = Field(None, description="Local folder of the encoder that BERTScore compares by.")
+    bertscore_layer: Positive | None = Field(None, description="Layer whose vectors BERTScore compares; null: three quarters up (9 of 12).")
     rouge_tokenizer: Literal["mecab", "char", "whitespace"] = Field("mecab", description="Tokens that ROUGE counts; scores of different tokenizers do not compare.")
     per_device_eval_batch_size: Positive = Field(16, description="Most examples decoded at once on one device.")
     generate: bool = Field(True, description="Decode and score by ROUGE; false measures the loss only.")

@@ -10,6 +10,7 @@ run_folder    where a run writes, and that it may; names of what lies there
 run_status    `run_status.json`: how the run stands, or how it ended
 run_log       `train.log` and the console
 lock          one run at a time in a folder
+installed     functions of installed modules, by the name that a recipe gives them
 atomic        files that are whole or absent; strict JSON; failed writes as errors
 peak_memory   how much memory this process has held at most
 """

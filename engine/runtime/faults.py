@@ -7,6 +7,7 @@ exceptions but stand inside `blaming`.
 from __future__ import annotations
 
 import os
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,6 +58,14 @@ def _is_a_bug(error: BaseException) -> bool:
     while at.tb_next is not None:
         at = at.tb_next
     return isinstance(error, _SLIPS) and at.tb_frame.f_code.co_filename.startswith(_HOME)
+
+
+def at_line(error: BaseException) -> str:
+    """Where code that is not ours raised it: " at mine.py:12", or nothing where our own did."""
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = next((frame.filename for frame in frames if not frame.filename.startswith(_HOME)), None)
+    lines = [frame.lineno for frame in frames if frame.filename == theirs]  # not in the libraries that it called
+    return f" at {os.path.basename(theirs)}:{lines[-1]}" if lines else ""
 
 
 def first_line(error: BaseException) -> str:

@@ -118,6 +118,11 @@ class StopSignal:
 
     # Asking
 
+    def ask(self, reason: str) -> None:
+        """As a first SIGTERM from within: stop at the next update boundary."""
+        with self._lock:
+            self.reason, self._request = self.reason or reason, STOP
+
     def enter_loop(self) -> None:
         """From here on requests wait for update boundaries."""
         self._in_loop = True

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +18,8 @@ from engine.loss.cross_entropy import summed_cross_entropy, supervised_tokens
 from engine.models import sharding
 from engine.prediction.summarizer import gather_summaries
 from engine.reporting.tracking import rows_sha256
-from engine.scoring import endings, rouge
+from engine.runtime.faults import at_line, first_line
+from engine.scoring import endings, extra, rouge
 from engine.scoring.alike import alike
 
 if TYPE_CHECKING:
@@ -28,8 +31,7 @@ if TYPE_CHECKING:
     from engine.recipe.schema import Evaluation
     from engine.runtime.process import Runtime
 
-
-LOWER_IS_BETTER = {"loss"}  # of all other metrics, more is better
+NO_METRICS: Mapping[str, extra.Metric] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -71,10 +73,14 @@ class Split:
 
 @dataclass(frozen=True)
 class Scores:
-    """Metrics of one evaluation and, on the main rank, one row per example in the order of the file."""
+    """Metrics of one evaluation and, on the main rank, one row per example in the order of the file.
+
+    `problems` says, on the main rank too, which of the user's own metrics failed; those are NaN.
+    """
 
     metrics: dict[str, Any]
     rows: list[dict[str, Any]]
+    problems: tuple[str, ...] = ()
 
 
 def try_scoring(settings: Evaluation) -> None:
@@ -92,8 +98,30 @@ def try_scoring(settings: Evaluation) -> None:
         ) from error
 
 
+def try_metrics(own: Mapping[str, extra.Metric], rows: Sequence[Example], runtime: Runtime) -> None:
+    """Ask the user's metrics once, as `try_scoring`: about the first two dev rows, whose references stand for predictions.
+
+    Raises:
+        EngineError: E3.41 for one that fails; one that is NaN there may be a number for other texts.
+    """
+    split = Split("dev", list(rows[:2]), [], [])
+    for name, metric in own.items():
+        if not runtime.is_main:
+            return
+        with same_random_state(runtime):
+            _, _, problem = _measured(name, metric, [row.references[0] for row in split.examples], split)
+        if problem and " failed" in problem:
+            where = "evaluation.extra_metrics or run(metrics=...)"
+            raise EngineError("E3.41", f"{problem}; tried on two dev rows and their references", where, "correct it")
+
+
 def evaluate(
-    bundle: ModelBundle, split: Split, runtime: Runtime, settings: Evaluation, summarizer: Summarizer | None
+    bundle: ModelBundle,
+    split: Split,
+    runtime: Runtime,
+    settings: Evaluation,
+    summarizer: Summarizer | None,
+    own: Mapping[str, extra.Metric] = NO_METRICS,
 ) -> Scores:
     """Score `split`, sharded over ranks; every row is decoded once.
 
@@ -102,13 +130,14 @@ def evaluate(
     Args:
         settings: the recipe's section, for the batch size and the tokenizer of ROUGE.
         summarizer: None measures the loss only.
+        own: the user's metrics, by name; the main rank alone asks them.
 
     Returns:
         The same metrics on every rank; rows on the main rank only.
     """
     started = time.perf_counter()
     metrics: dict[str, Any] = {}
-    rows: list[dict[str, Any]] = []
+    scored = Scores({}, [])
     model = bundle.model
     with (
         same_random_state(runtime),
@@ -121,12 +150,12 @@ def evaluate(
             metrics["loss"] = evaluation_loss(bundle, split.targets, runtime, settings.per_device_eval_batch_size)
         if summarizer is not None:
             summaries = decode(bundle, split, runtime, summarizer)
-            scored = score(split, summaries, settings.rouge_tokenizer) if runtime.is_main else Scores({}, [])
+            if runtime.is_main:
+                scored = score(split, summaries, settings.rouge_tokenizer, own)
             metrics |= runtime.ranks.broadcast(scored.metrics)
-            rows = scored.rows
     metrics["seconds"] = time.perf_counter() - started
     metrics["samples_per_second"] = len(split.examples) / metrics["seconds"]
-    return Scores(metrics, rows)
+    return replace(scored, metrics=metrics)
 
 
 @contextmanager
@@ -167,12 +196,16 @@ def decode(bundle: ModelBundle, split: Split, runtime: Runtime, summarizer: Summ
     return gather_summaries(mine, [prompt.index for prompt in split.prompts], runtime)
 
 
-def score(split: Split, summaries: Sequence[Summary], rouge_tokenizer: str) -> Scores:
-    """ROUGE where there are references, how alike the decoded texts are and how they ended; rows as they are written."""
+def score(
+    split: Split, summaries: Sequence[Summary], rouge_tokenizer: str, own: Mapping[str, extra.Metric] = NO_METRICS
+) -> Scores:
+    """ROUGE and the user's metrics where there are references, how alike the decoded texts are and how they ended; rows as
+    they are written."""
     predictions = [summary.text for summary in summaries]
     references = split.references
     metrics: dict[str, Any] = {}
     rows = prediction_rows(split, summaries)
+    problems: list[str] = []
     if split.targets is not None:
         try:
             by_row = rouge.rouge_rows(predictions, references, tokenizer=rouge_tokenizer)
@@ -183,12 +216,27 @@ def score(split: Split, summaries: Sequence[Summary], rouge_tokenizer: str) -> S
             ) from error
         metrics |= rouge.mean_scores(by_row, rouge_tokenizer)
         rows = [row | {key: scores[key] for key in rouge.METRICS} for row, scores in zip(rows, by_row, strict=True)]
+        for name, metric in own.items():
+            metrics[name], values, problem = _measured(name, metric, predictions, split)
+            rows = rows if values is None else [row | {name: x} for row, x in zip(rows, values, strict=True)]
+            problems += [problem] if problem else []
     metrics |= endings.ending_metrics(
         predictions, [summary.ended for summary in summaries], references if split.targets is not None else None
     )
     metrics["alike_share"] = alike(predictions).share
     metrics["generated_tokens"] = sum(summary.tokens for summary in summaries)
-    return Scores(metrics, rows)
+    return Scores(metrics, rows, tuple(problems))
+
+
+def _measured(
+    name: str, metric: extra.Metric, predictions: Sequence[str], split: Split
+) -> tuple[float, list[float] | None, str | None]:
+    """Mean, scores by row where there are some, and what went wrong: a metric that fails costs its number, not the run."""
+    try:
+        value, rows = extra.measure(metric, predictions, split.references, split.dialogues)
+    except Exception as error:  # code of the user's
+        return math.nan, None, f"metric {name} failed{at_line(error)}: {first_line(error)}"
+    return value, rows, None if math.isfinite(value) else f"metric {name} is {value}"
 
 
 def prediction_rows(split: Split, summaries: Sequence[Summary]) -> list[dict[str, Any]]:

@@ -41,7 +41,7 @@ def write_results(job: Job, test: list[Example]) -> dict[str, Any]:
     """Everything after the last update; `test` may be empty. Returns the content of `results.json`."""
     job.progress.close()
     shares = job.time_shares()
-    job.store.wait()
+    job.tell_saved()
     best = job.state.best_step if job.state.best_step is not None else job.state.saved_step
     checkpoint = job.run_dir / f"checkpoint-{best}"
     with job.runtime.ranks.together("writing final_model"):
@@ -57,6 +57,8 @@ def write_results(job: Job, test: list[Example]) -> dict[str, Any]:
             )
             write_json_atomically(job.run_dir / "results.json", record)
     tell_results(record, job.run_dir, job.recipe)
+    job.callbacks.call("on_end", record, job.state.step)
+    job.end_if_failed("the results are written")
     return record
 
 
@@ -89,7 +91,11 @@ def _predict_test(job: Job, test: list[Example], checkpoint: Path, step: int) ->
     cache = FeatureCache(job.bundle.text_encoder(), keep=job.recipe.data.cache)
     split = evaluation.Split.of("test", test, cache)
     job.progress.evaluating(step, split.name, len(test))
-    result = evaluation.evaluate(job.bundle, split, job.runtime, job.recipe.evaluation, job.summarizer)
+    result = evaluation.evaluate(
+        job.bundle, split, job.runtime, job.recipe.evaluation, job.summarizer, job.extras.metrics
+    )
+    for problem in result.problems:
+        log.warning("test, step %d: %s", step, problem)
     if job.runtime.is_main:
         write_predictions(job.run_dir / "predictions" / f"test-step{step}.csv", result.rows)
         log.info("step %d  %d test rows decoded in %.1f s", step, len(result.rows), result.metrics["seconds"])

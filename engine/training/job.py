@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,8 +25,9 @@ from engine.reporting.tracking import Tracker, write_predictions
 from engine.runtime import signals
 from engine.runtime.ahead import Ahead
 from engine.runtime.peak_memory import measured_peak
-from engine.scoring import floors
+from engine.scoring import extra, floors
 from engine.training import evaluation, nonfinite, optim
+from engine.training.extras import Extras
 from engine.training.progress import Progress, Schedule
 from engine.training.state import TrainerState, Update, Window
 
@@ -94,6 +95,7 @@ class Job:
     tracker: Tracker
     state: TrainerState
     test_rows: int = 0  # decoded after the last update, so they count in the time left
+    extras: Extras = field(default_factory=Extras)  # the user's metrics and callbacks
 
     def __post_init__(self) -> None:
         self.model, self.optimizer, self.schedule, self.scaler = self.learner
@@ -113,6 +115,8 @@ class Job:
         self.windows = self._make_window if computes_here else Ahead(self._make_window, self._following)
         self.clock = time.perf_counter()
         self.told_share = False
+        self.callbacks = self.extras.callbacks
+        self.saving: int | None = None  # step of the save that `on_save` has not been told of
 
     # Where we are
 
@@ -206,6 +210,7 @@ class Job:
         if self.scaler.is_enabled():
             row["loss_scale"] = self.scaler.get_scale()
         self.tracker.log_row(row)
+        self.callbacks.call("on_log", row, state.step)
         log.debug("step %d  loss %.4f  grad_norm %.3f", state.step, row["loss"], update.grad_norm)
         state.interval_loss = state.interval_seconds = 0.0
         state.interval_tokens = state.interval_all_tokens = state.interval_samples = 0
@@ -226,10 +231,14 @@ class Job:
         """Score the dev split, remember whether it is the best so far, count towards early stopping."""
         state, settings = self.state, self.recipe.evaluation
         self.progress.evaluating(state.step, self.dev.name, len(self.dev.examples))
-        result = evaluation.evaluate(self.bundle, self.dev, self.runtime, settings, self.summarizer)
+        result = evaluation.evaluate(
+            self.bundle, self.dev, self.runtime, settings, self.summarizer, self.extras.metrics
+        )
         state.evaluation_seconds += result.metrics["seconds"]
         self.progress.evaluated(len(self.dev.examples), result.metrics["seconds"])
-        self._compare_with_best(result.metrics.get(settings.metric))
+        for problem in result.problems:
+            log.warning("step %d: %s", state.step, problem)
+        self._compare_with_best(result.metrics.get(extra.key_of(settings.metric)))
         self._log_evaluation(result)
         self._tell_share()
         nonfinite.check_evaluation(result.metrics.get("loss"), state.step, self.scaler, self.recipe.training)
@@ -243,7 +252,7 @@ class Job:
         if value is None or not math.isfinite(value):
             log.warning("evaluation.metric %s is %s at step %d; it cannot be the best", metric, value, state.step)
         else:
-            sign = -1.0 if metric in evaluation.LOWER_IS_BETTER else 1.0
+            sign = -1.0 if extra.less_is_better(metric) else 1.0
             gain = math.inf if state.best_value is None else sign * (value - state.best_value)
             if gain > training.early_stopping_threshold:
                 state.evaluations_without_gain = 0
@@ -257,7 +266,9 @@ class Job:
     def _log_evaluation(self, result: evaluation.Scores) -> None:
         row = {"split": self.dev.name, "step": self.state.step, "epoch": self.epoch} | result.metrics
         scored = self.runtime.is_main and result.rows
-        self.tracker.log_row(row | floors.keys_of(self.floors) if scored else row)
+        row |= floors.keys_of(self.floors) if scored else {}
+        self.tracker.log_row(row, best=self.state.best_step == self.state.step)
+        self.callbacks.call("on_evaluation", row, self.state.step)
         if not scored:
             log.info("step %d  dev loss %.4f", self.state.step, row["loss"])
             return
@@ -319,6 +330,7 @@ class Job:
         state, metric = self.state, self.recipe.evaluation.metric
         if state.saved_step == state.step:
             return
+        self.tell_saved()
         nonfinite.check_weights(self.bundle.model, state.step)
         self.tracker.sync()
         state.saved_step = state.step
@@ -336,16 +348,37 @@ class Job:
             write_model=lambda folder, weights: save_model(self.bundle, folder, state_dict=weights),
             metrics={metric: state.evaluated_value} if scored and math.isfinite(state.evaluated_value) else None,
         )
+        self.saving = state.step
         self.clock = time.perf_counter()
+
+    def tell_saved(self, *, wait: bool = True) -> None:
+        """Tell callbacks of the save under way once it is whole. With `wait`, all ranks together join it first."""
+        if wait:
+            self.store.wait()
+        whole = self.saving is not None and self.callbacks.objects
+        if whole and (path := self.run_dir / f"checkpoint-{self.saving}").is_dir():
+            step, self.saving = self.saving, None
+            self.callbacks.call("on_save", path, step)
 
     # Signals
 
     def answer_signals(self) -> None:
-        """Between two updates: SIGUSR1 saves and goes on, SIGTERM and SIGINT save and stop. All ranks answer alike."""
+        """Between two updates: SIGUSR1 saves and goes on; SIGTERM, SIGINT and a callback that failed save and stop. All ranks
+        answer alike."""
         self.runtime.status.step = self.state.step
+        self.tell_saved(wait=False)
         request = self.runtime.requests()
         if request == signals.NOTHING or self.finished:
             return
         self.save()
         if request == signals.STOP:
-            self.runtime.stop(saved=self.store.wait())
+            saved = self.store.wait()
+            self.tell_saved(wait=False)
+            self.end_if_failed(
+                f"checkpoint-{self.state.step} is saved" if saved else "earlier checkpoints are untouched"
+            )
+            self.runtime.stop(saved=saved)
+
+    def end_if_failed(self, safe: str) -> None:
+        """Raises: EngineError E2.85, on all ranks, where a callback has failed on the main one."""
+        self.runtime.ranks.agree(self.callbacks.failed(safe), "callbacks")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,8 @@ from engine.runtime.atomic import write_text_atomically
 from engine.training import distribution, memory, optim, unused
 from engine.training.batch_size import plan_line, window_sampler, with_fitting_batch
 from engine.training.blueprint import blueprint
-from engine.training.evaluation import Split, try_scoring
+from engine.training.evaluation import NO_METRICS, Split, try_metrics, try_scoring
+from engine.training.extras import Extras
 from engine.training.job import Job, Learner, TrainingRows
 from engine.training.profiling import ProfiledJob
 from engine.training.state import TrainerState
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from engine.recipe.schema import Recipe
     from engine.runtime.process import Runtime
     from engine.runtime.run_folder import RunFolder
+    from engine.scoring.extra import Metric
 
 log = logging.getLogger("engine.train")
 
@@ -49,8 +51,8 @@ class Splits:
     test: list[Example]
 
 
-def read_splits(recipe: Recipe, runtime: Runtime) -> Splits:
-    """Read and check every file of the recipe. Raises: EngineError E3 naming file and row."""
+def read_splits(recipe: Recipe, runtime: Runtime, metrics: Mapping[str, Metric] = NO_METRICS) -> Splits:
+    """Read and check every file of the recipe, and try the user's metrics. Raises: EngineError E3 naming file and row."""
     settings = recipe.data
 
     def read(file: str, limit: int | None, *, require_summary: bool = True) -> list[Example]:
@@ -64,6 +66,7 @@ def read_splits(recipe: Recipe, runtime: Runtime) -> Splits:
             rows.check_splits(train, dev, allow_overlap=settings.allow_overlap)
             if recipe.evaluation.generate:
                 try_scoring(recipe.evaluation)
+                try_metrics(metrics, dev, runtime)
         if settings.test_file is not None:
             test = read(settings.test_file, settings.max_test_samples, require_summary=False)
     return Splits(train, dev, test)
@@ -71,7 +74,13 @@ def read_splits(recipe: Recipe, runtime: Runtime) -> Splits:
 
 @contextmanager
 def prepare(
-    recipe: Recipe, runtime: Runtime, folder: RunFolder, splits: Splits, resume: str | None, allow_change: Sequence[str]
+    recipe: Recipe,
+    runtime: Runtime,
+    folder: RunFolder,
+    splits: Splits,
+    resume: str | None,
+    allow_change: Sequence[str],
+    extras: Extras,
 ) -> Iterator[Job]:
     """Build the job. Leaving the context joins background saves and closes the trackers, also after an error.
 
@@ -102,11 +111,7 @@ def prepare(
 
     runtime.seed_ranks(recipe.training.seed)  # dropout may differ from rank to rank, now that the weights are drawn
     learner = _learner(recipe, runtime, bundle, model, sampler.updates_per_epoch)
-    summarizer = None
-    if recipe.evaluation.generate:
-        batch_size = recipe.evaluation.per_device_eval_batch_size
-        summarizer = Summarizer(bundle, encoder, recipe.generation, batch_size=batch_size)
-
+    summarizer = _summarizer(recipe, bundle, encoder)
     with _store(recipe, runtime, folder.path, bundle, splits, allow_change) as store:
         # A checkpoint fills parts that must exist, and is only taken where their identity is the one it was saved under.
         found = store.find_resume(resume) if resume else None
@@ -117,12 +122,10 @@ def prepare(
                 write_text_atomically(folder.path / "recipe.yaml", dump(recipe))
         # An earlier attempt may have logged rows past the checkpoint, or before there was any: they are trained again.
         logged_until = state.step if found or folder.reused else None
-        tracker = Tracker(folder.path, runtime.accelerator, recipe, logged_until)
-        trained_on = TrainingRows(splits.train, features, sampler)
+        tracker = Tracker(folder.path, runtime.accelerator, recipe, logged_until, [*extras.metrics])
+        parts = (recipe, runtime, bundle, learner, TrainingRows(splits.train, features, sampler), dev, summarizer)
         kind = ProfiledJob if recipe.runtime.profile and runtime.is_main else Job
-        job = kind(
-            recipe, runtime, bundle, learner, trained_on, dev, summarizer, store, tracker, state, len(splits.test)
-        )
+        job = kind(*parts, store, tracker, state, test_rows=len(splits.test), extras=extras)
         if random_state is not None:
             with refusing(found):
                 runtime.restore_random_state(random_state)  # last: nothing from here to the first update may draw
@@ -168,6 +171,12 @@ def parameter_groups(recipe: Recipe, bundle: ModelBundle) -> list[dict[str, Any]
         weight_decay=recipe.training.weight_decay,
         loraplus_lr_ratio=recipe.lora.loraplus_lr_ratio,
     )
+
+
+def _summarizer(recipe: Recipe, bundle: ModelBundle, encoder: TextEncoder) -> Summarizer | None:
+    if not recipe.evaluation.generate:
+        return None
+    return Summarizer(bundle, encoder, recipe.generation, batch_size=recipe.evaluation.per_device_eval_batch_size)
 
 
 def _store(

@@ -9,7 +9,7 @@ from functools import cache
 
 import pytest
 import tiny
-from encoders import DIALOGUE, SHARED, SUMMARY, encoder, example, real_tokenizer, settings, tiny_llama
+from encoders import DIALOGUE, SHARED, SUMMARY, TEMPLATE, encoder, example, real_tokenizer, settings, tiny_llama
 
 from engine.data import rows as data_rows
 from engine.data.collate import IGNORE_INDEX, collate_seq2seq
@@ -19,7 +19,7 @@ from engine.errors import EngineError
 from engine.recipe.schema import PLACEHOLDERS, Data
 
 needs_data = pytest.mark.skipif(not SHARED.is_dir(), reason="no real data beside the checkout")
-STYLES = ("plain", "instruction", "chat")
+STYLES = ("plain", "instruction", "chat", "template")
 
 
 def supervised(feature: Feature) -> list[int]:
@@ -122,6 +122,35 @@ def test_a_turn_that_is_too_long_loses_its_beginning():
     text = made.decode(made.prompt_feature(example("#Person1#: 앞\n#Person2#: " + " ".join(words)), 0).input_ids)
     kept = text.split("### Input: ")[1].split(" ### Response:")[0].split()
     assert kept == words[-len(kept) :] and 3 < len(kept) < 60
+
+
+@pytest.mark.parametrize("family", ["bart", "t5", "llama", "qwen3"])
+def test_a_template_of_ones_own_stays_whole_at_every_length(family):
+    """Whatever is asked for: the dialogue's end, the template to the letter around it, the answer, or a refusal."""
+    made = encoder(family, "template")
+    tokenizer, rows = made.tokenizer, [example("\n".join(tiny.TEXTS[:5])), example("한 마디 " * 90)]
+    before, after = (tokenizer.decode(made._encode([part])[0]) for part in _parts(made))
+    least = len(made.prompt_feature(example("가"), 0).input_ids)
+    fitted = 0
+    for length in range(least - 6, 260, 7):
+        made = TextEncoder(tokenizer, made.family, made.settings, length, 64)
+        for row in rows:
+            try:
+                feature, prompt = made.training_feature(row, 0), made.prompt_feature(row, 0)
+            except EngineError as error:
+                assert error.code == "E2.72" and length < least + 8, (length, str(error))
+                continue
+            text = tokenizer.decode(prompt.input_ids, skip_special_tokens=True)
+            assert len(prompt.input_ids) <= length and text.startswith(before) and text.endswith(after), text
+            kept = text.removeprefix(before).removesuffix(after).strip()
+            assert kept and "".join(row.dialogue.split()).endswith("".join(kept.split())), text
+            assert made.decode(supervised(feature)) == SUMMARY
+            fitted += 1
+    assert fitted > 20
+
+
+def _parts(made: TextEncoder) -> list[str]:
+    return TEMPLATE.replace("{instruction}", made.settings.instruction).split("{dialogue}")
 
 
 def test_no_room_for_a_dialogue_names_the_length_that_would_do():

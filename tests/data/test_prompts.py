@@ -41,6 +41,31 @@ def test_braces_in_a_dialogue_are_just_text():
     assert "{instruction} {0} {" in text and "요약 {content}" in text
 
 
+def test_a_template_is_filled_once_and_says_where_everything_stands():
+    settings = PromptSettings(
+        style="template", template='{"a": {}} {topic}|{instruction}|{dialogue}<', instruction="줄여."
+    )
+    assert source_text("{topic} {x}", settings, topic="날씨") == '{"a": {}} 날씨|줄여.|{topic} {x}<'
+    assert source_text("네", settings, instruction="짧게.") == '{"a": {}} |짧게.|네<'
+
+
+@pytest.mark.parametrize(
+    ("template", "fault"),
+    [
+        (None, "is missing"),
+        ("요약하세요.", "once, not 0 times"),
+        ("{dialogue} {dialogue}", "once, not 2 times"),
+        ("{dialogue} {summary}", "what the model writes"),
+        ("{dialogue} {Topic}", "names {Topic}; there are {dialogue}, {topic}, {instruction}"),
+        ("{dialogue!r} {0}", "names {0}"),
+    ],
+)
+def test_a_template_that_cannot_be_is_refused(template, fault):
+    with pytest.raises(ValueError, match="prompt template") as caught:
+        PromptSettings(style="template", template=template)
+    assert fault in str(caught.value)
+
+
 def test_chat_has_a_system_message_unless_it_is_none():
     with_system = chat_messages(DIALOGUE, PromptSettings(style="chat", system="도우미"), instruction="줄여 주세요.")
     assert with_system == [
@@ -98,14 +123,16 @@ def test_settings_round_trip_and_refuse_what_they_do_not_know():
     [
         ("plain", {"prefix"}),
         ("instruction", {"instruction"}),
-        ("chat", {"instruction", "system", "date_string", "enable_thinking", "template"}),
+        ("chat", {"instruction", "system", "date_string", "enable_thinking", "chat template"}),
+        ("template", {"instruction", "template"}),
     ],
 )
 def test_fingerprint_depends_on_what_the_style_uses_and_on_nothing_else(style, used):
-    base = PromptSettings(style=style, system="도우미")
+    base = PromptSettings(style=style, system="도우미", template="{instruction} {dialogue}D")
     changes = {"prefix": "p: ", "instruction": "i", "system": None, "date_string": "x", "enable_thinking": True}
+    changes["template"] = "{instruction} D{dialogue}"
     found = {n for n, v in changes.items() if _print(base, "t") != _print(dataclasses.replace(base, **{n: v}), "t")}
-    found |= {"template"} if _print(base, "t") != _print(base, "u") else set()
+    found |= {"chat template"} if _print(base, "t") != _print(base, "u") else set()
     assert found == used
     assert len(_print(base, None)) == 64
 

@@ -86,7 +86,9 @@ def test_the_readme_recipe_loads(name: str, tmp_path: Path, monkeypatch: pytest.
     assert load_recipe(tmp_path / "mine.yaml", ["data.text_column=대화"]).experiment.name == "mine"
 
 
-@pytest.mark.parametrize("name", ["README.md", "README.ko.md", "SECURITY.md", "recipes/README.md"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "README.ko.md", "SECURITY.md", "recipes/README.md", "recipes/docs/extending.md"]
+)
 def test_documents_name_files_and_keys_that_exist(name: str) -> None:
     root = RECIPES.parent
     text = (root / name).read_text(encoding="utf-8")

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import csv
 import errno
+import html
 import json
 import math
 import os
+import re
+import shutil
 import sys
 import threading
 from types import SimpleNamespace
@@ -31,6 +34,104 @@ def test_tensorboard_holds_the_rows(trained):
     rows = {row["step"]: row["loss"] for row in runs.rows_of(folder / "run")}
     shown = {event.step: event.value for event in events.Scalars("train/loss")}
     assert shown == pytest.approx(rows, rel=1e-6)
+
+
+def accumulated(run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert all(path.is_file() for path in (run / "tensorboard").iterdir()), (
+        "one run, not a run for its hyperparameters too"
+    )
+    return EventAccumulator(str(run / "tensorboard")).Reload()
+
+
+def test_tensorboard_has_a_page_of_curves_that_belong_together(trained):
+    from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+
+    events = accumulated(trained[0] / "run")
+    (shown,) = events.Tensors("custom_scalars__config__")
+    layout = Layout.FromString(shown.tensor_proto.string_val[0])
+    charts = {chart.title: list(chart.multiline.tag) for group in layout.category for chart in group.chart}
+    assert charts["loss: train and dev"] == ["^train/loss$", "^eval/loss$"]
+    assert [group.title for group in layout.category] == ["Quality", "Training", "Speed and memory"]
+    scalars = events.Tags()["scalars"]
+    for title, tags in charts.items():
+        assert all([tag for tag in scalars if re.search(pattern, tag)] for pattern in tags), title
+
+
+def test_the_table_of_hyperparameters_holds_the_best_scores_and_no_secret(tmp_path):
+    from tensorboard.plugins.hparams import metadata
+
+    secrets = ["hf_" + letter * 20 for letter in "AB"]
+    recipe = runs.write_recipe(
+        tmp_path,
+        rows=8,
+        tracking__report_to=["tensorboard"],
+        experiment__notes=f"with {secrets[0]}",
+        model__config={"token": secrets[1]},
+    )
+    runs.train(recipe)
+    events = accumulated(tmp_path / "run")
+    content = {tag: events.SummaryMetadata(tag).plugin_data.content for tag in events.PluginTagToContent("hparams")}
+    started = metadata.parse_session_start_info_plugin_data(content[metadata.SESSION_START_INFO_TAG])
+    assert started.hparams["training.learning_rate"].number_value == 1e-3
+    assert started.hparams["experiment.notes"].string_value == "with [redacted]"
+    experiment = metadata.parse_experiment_plugin_data(content[metadata.EXPERIMENT_TAG])
+    compared = [info.name.tag for info in experiment.metric_infos]
+    assert compared[:2] == ["best/loss", "best/rouge1"] and "best/rouge_sum" in compared
+    best = runs.rows_of(tmp_path / "run", "dev")[-1]
+    shown = {tag: events.Scalars(tag)[-1].value for tag in compared}
+    assert shown == pytest.approx({tag: best[tag.removeprefix("best/")] for tag in compared}, rel=1e-6)
+    everything = b"".join(path.read_bytes() for path in (tmp_path / "run" / "tensorboard").iterdir())
+    assert not [text for text in secrets if text.encode() in everything]
+
+
+def test_a_resumed_run_is_one_run_without_a_step_twice(tmp_path):
+    steps = ["checkpoint.strategy=steps", "checkpoint.steps=2", "evaluation.strategy=steps", "evaluation.steps=1"]
+    steps.append("checkpoint.save_total_limit=null")
+    recipe = runs.write_recipe(tmp_path, rows=20, tracking__report_to=["tensorboard"])
+    runs.train(recipe, *steps)
+    run = tmp_path / "run"
+    for name in (
+        "final_model",
+        "checkpoint-3",
+        "checkpoint-4",
+        "checkpoint-5",
+    ):  # as if it had been killed after step 3
+        shutil.rmtree(run / name, ignore_errors=True)
+    for name in ("results.json", "run_status.json"):
+        (run / name).unlink()
+    runs.train(recipe, *steps, resume="auto")
+    assert len(list((run / "tensorboard").iterdir())) == 2
+    events = accumulated(run)
+    for tag in ("train/loss", "eval/loss", "eval/rouge1"):
+        assert [event.step for event in events.Scalars(tag)] == [1, 2, 3, 4, 5], tag
+    assert [event.step for event in events.Tensors("eval/samples/text_summary")] == [1, 2, 3, 4, 5]
+
+
+def test_the_sample_table_keeps_its_columns_whatever_the_texts_hold(tmp_path):
+    import markdown  # TensorBoard's own renderer
+
+    shown = []
+    accelerator = SimpleNamespace(
+        is_main_process=True,
+        trackers=[],
+        init_trackers=lambda *names: None,
+        log=lambda values, step: shown.append(values),
+    )
+    tracker = Tracker(tmp_path, accelerator, Recipe(tracking={"report_to": []}))
+    texts = [
+        "a | b \\| c \\\\| d",
+        "#Person1#: 네\n#Person2#: *아니요* _밑줄_ `x|y`",
+        "<think>음</think> & <script>",
+        "가" * 5000 + "끝",
+    ]
+    tracker.log_samples(3, [dict.fromkeys(("id", "dialogue", "reference", "prediction"), text) for text in texts])
+    page = markdown.markdown(shown[0]["eval/samples"], extensions=["markdown.extensions.tables"])
+    rows = [re.findall(r"<td>(.*?)</td>", row, re.DOTALL) for row in page.split("<tr>")[2:]]
+    assert [len(row) for row in rows] == [4] * len(texts)
+    plain = [html.unescape(row[1].replace("<br>", "\n").replace("<br />", "\n")) for row in rows]
+    assert plain[:3] == texts[:3] and len(plain[3]) < 700 and plain[3].endswith("끝") and "<em>" not in page
 
 
 def test_a_disk_that_fills_under_tensorboard_ends_the_run_in_one_line_of_code_6(tmp_path, monkeypatch, capsys):
@@ -78,6 +179,7 @@ def test_rows_go_to_the_file_and_their_scalars_to_the_trackers(tmp_path):
     shown = []
     accelerator = SimpleNamespace(
         is_main_process=True,
+        trackers=[],
         init_trackers=lambda *names, **settings: None,
         log=lambda scalars, step: shown.append((step, scalars)),
     )
