@@ -74,23 +74,24 @@ class FeatureCache:
     def _get(self, kind: str, examples: Sequence[Example], make: Callable[[], list[Feature]]) -> Sequence[Feature]:
         if not self._keep or len(examples) < _FEWEST_ROWS:
             return make()
-        self._facts = self._facts or facts(self.encoder)
-        key = hashlib.sha256(json.dumps([self._facts, kind, rows_fingerprint(examples)]).encode()).digest()
-        path = cache_folder() / "features" / key.hex()[:32] / _NAME
         made: list[Feature] | None = None
-        found = _opened(path, key)
         try:
-            if found is None:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with taking_turns(path.parent):
-                    found = _opened(path, key)  # another rank or run may have made it meanwhile
-                    if found is None:
-                        made = make()
-                        _write(path, key, made)
-                        found = _opened(path, key)
-                _drop_oldest(path.parent.parent)
+            self._facts = self._facts or facts(self.encoder)
+            key = hashlib.sha256(json.dumps([self._facts, kind, rows_fingerprint(examples)]).encode()).digest()
+            path = cache_folder() / "features" / key.hex()[:32] / _NAME
+            if (found := _opened(path, key)) is not None:
+                return found
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with taking_turns(path.parent):
+                found = _opened(path, key)  # another rank or run may have made it meanwhile
+                if found is None:
+                    made = make()
+                    _write(path, key, made)
+                    found = _opened(path, key)
+            _drop_oldest(path.parent.parent)
         except OSError as error:
             log.info("token ids are not kept for the next run: %s", error)
+            found = None
         if found is None:
             return make() if made is None else made
         return found

@@ -268,7 +268,7 @@ def test_the_longest_unused_goes_first(folder, monkeypatch):
         os.utime(path, (1000 + age, 1000 + age))
     small, middle, large = sorted(files(folder), key=lambda path: path.stat().st_size)
     FeatureCache(made, keep=True).training(rows(4))  # used: now it is the latest
-    monkeypatch.setattr(feature_cache, "_MOST_BYTES", small.stat().st_size + large.stat().st_size + 2000)
+    monkeypatch.setattr(feature_cache, "_MOST_BYTES", 2 * small.stat().st_size + large.stat().st_size)
     FeatureCache(made, keep=True).training(rows(3))
     assert small.exists() and large.exists() and not middle.parent.exists()
 
