@@ -170,21 +170,21 @@ def completion(arguments: Sequence[str]) -> str:
         for name, following in words.items():
             lines.append(f"complete -c kodialogue -n '__fish_seen_subcommand_from {name}' -a '{' '.join(following)}'")
         return "\n".join([*lines, ""])
-    cases = "\n".join(f'      {name}) words="{" ".join(following)}" ;;' for name, following in words.items())
+    cases = "\n".join(f'      {name}) offered="{" ".join(following)}" ;;' for name, following in words.items())
     settings = " ".join(word for word in words["train"] if word.endswith("="))
     zsh = "autoload -U +X compinit bashcompinit && compinit && bashcompinit\n" if arguments[0] == "zsh" else ""
     return f"""{zsh}_kodialogue() {{
-  local words="{" ".join(words)}"
+  local offered="{" ".join(words)}"
   local settings="{settings}"
   if ((COMP_CWORD > 1)); then
     case ${{COMP_WORDS[1]}} in
 {cases.replace(settings, "$settings")}
-      *) words= ;;
+      *) offered= ;;
     esac
   fi
-  [[ ${{COMP_WORDS[COMP_CWORD-1]}} == = ]] && words=  # the value of a setting: a file, perhaps
-  COMPREPLY=($(compgen -W "$words" -- "${{COMP_WORDS[COMP_CWORD]}}"))
-  [[ ${{COMPREPLY[0]-}} == *= ]] && compopt -o nospace 2>/dev/null
+  [[ ${{COMP_WORDS[COMP_CWORD-1]}} == "=" ]] && offered=  # the value of a setting: a file, perhaps
+  COMPREPLY=($(compgen -W "$offered" -- "${{COMP_WORDS[COMP_CWORD]}}"))
+  [[ ${{COMPREPLY[0]-}} == *"=" ]] && compopt -o nospace 2>/dev/null
   return 0
 }}
 complete -o default -F _kodialogue kodialogue
