@@ -32,7 +32,7 @@ def commands(document: str) -> list[str]:
 def parts_of(line: str) -> list[list[str]]:
     """The commands of a line, each as words, without variables before them and without a launcher and its options."""
     found = []
-    for part in re.split("&&|;", line.strip("()")):
+    for part in re.split("&&|;", line.strip(" ()")):
         words = shlex.split(re.sub(r"^\s*([A-Z_]+=\S+ )+", "", part))
         scripts = [at for at, word in enumerate(words) if re.match(r"(engine|tools)/.*\.py$", word)]
         found.append(words[scripts[0] :] if scripts else words)
