@@ -16,7 +16,7 @@ import pytest
 from engine.recipe.load import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = ("README.md", "recipes/README.md", "CONTRIBUTING.md")
+DOCUMENTS = ("README.md", "recipes/README.md", "CONTRIBUTING.md", "SECURITY.md")
 FILES = {f"engine/{name}.py": f"engine.{name}" for name in ("train", "predict")}
 OTHERS = {"pip", "python", "git", "tensorboard", "eval", "accelerate", "torchrun", "bash", "source", "cd"}
 
