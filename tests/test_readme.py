@@ -149,3 +149,5 @@ def test_both_languages_have_the_same_sections_blocks_and_links():
         assert re.findall(pattern, english, re.MULTILINE) == re.findall(pattern, korean, re.MULTILINE), pattern
     targets = [set(re.findall(r"\]\(([^)]+)\)", text)) - {"README.md", "README.ko.md"} for text in (english, korean)]
     assert targets[0] == targets[1]
+    numbers = [[set(re.findall(r"\d[\d,.]*\d", part)) for part in text.split("\n## ")] for text in (english, korean)]
+    assert numbers[0] == numbers[1], "a figure of one language is missing, or another, in the other"

@@ -132,6 +132,17 @@ def test_the_package_holds_every_room_recipe_and_template():
         assert wanted and wanted <= taken, wanted - taken
 
 
+@pytest.mark.slow
+def test_a_launcher_takes_the_module(tmp_path):
+    launcher = (
+        "-m accelerate.commands.launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no"
+    )
+    words = [sys.executable, *launcher.split(), "-m", "engine.train", "quickstart", "--print-recipe"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "  name: quickstart " in done.stdout, done.stderr[-1000:]
+
+
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
     """A folder with the wheel of this checkout installed in it, and no checkout in sight."""
