@@ -133,11 +133,8 @@ def _read_text(path: Path, named_by: str) -> str:
             raise _unreadable("recipe", "the path holds a NUL character")
         if not path.exists():
             tried = f"looked for {os.path.abspath(path)}; a base: is relative to the file that names it"
-            raise _unreadable(
-                where,
-                f"{shown} does not exist",
-                tried if named_by else f"a file, or one of {', '.join(shipped.names())}",
-            )
+            known = f"a file, or one of {', '.join(shipped.names())}"
+            raise _unreadable(where, f"{shown} does not exist", tried if named_by else known)
         if not path.is_file():
             raise _unreadable(where, f"{shown} is not a regular file")
         with path.open("rb") as handle:
