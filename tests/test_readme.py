@@ -106,9 +106,9 @@ def test_it_runs_as_it_stands(command, tmp_path):
 def test_the_readers_way_runs(trained, tmp_path, capsys):
     """The lines that need a run, as they stand but for the names of files: predict, compare, vary, inspect."""
     folder, _ = trained
-    shutil.copytree(folder / "run", tmp_path / "RUN")
+    for copy in ("RUN", "RUN-2", "RUN-3"):
+        shutil.copytree(folder / "run", tmp_path / copy)
     stand_ins = {
-        "RUN": str(tmp_path / "RUN"),
         "test.csv": str(folder / "test.jsonl"),
         "dev.csv": str(folder / "dev.jsonl"),
     }
@@ -127,7 +127,8 @@ def test_the_readers_way_runs(trained, tmp_path, capsys):
     for script, *words in lines:
         if script == "kodialogue":
             script, *words = kodialogue._SCRIPTS[words[0]], *words[1:]
-        given = [stand_ins.get(word, word) for word in words]
+        others = iter(("RUN", "RUN-2", "RUN-3"))  # compare refuses a run that is named twice
+        given = [str(tmp_path / next(others)) if word == "RUN" else stand_ins.get(word, word) for word in words]
         for at, word in enumerate(given[:-1]):
             given[at + 1] = str(tmp_path / outputs[word]) if word in outputs else given[at + 1]
         module = import_module(FILES.get(script, Path(script).stem))
