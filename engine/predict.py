@@ -51,6 +51,16 @@ _OPEN_TO_OVERRIDES = (
     "evaluation.rouge_tokenizer",
 )
 
+_EXAMPLES = """\
+examples:
+  %(prog)s RUN --input test.csv --output summaries.csv
+  %(prog)s RUN --input test.csv --output submission.csv --sample-submission sample.csv
+  %(prog)s RUN --input dev.csv --output dev.csv generation.num_beams=8
+  accelerate launch engine/predict.py RUN --input test.csv --output summaries.csv   on several GPUs
+
+Rows that have summaries are scored. What is decoded lies beside the output until it is whole: the same command goes on
+after a kill."""
+
 
 def predict(options: argparse.Namespace, recipe: Recipe, runtime: Runtime) -> None:
     """Read, decode what is not decoded yet, write; with `--shard` a part of it, with `--merge-shards` the writing alone."""
@@ -181,7 +191,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="engine/predict.py",
         description="Summarise a file of dialogues with a trained model.",
-        epilog="Share the rows among several GPUs with: accelerate launch engine/predict.py ...",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "model", metavar="RUN_OR_MODEL_DIR", help="a run folder, a checkpoint, or a model or adapter folder"

@@ -31,6 +31,17 @@ if TYPE_CHECKING:
     from engine.training.job import Job
     from engine.training.state import Update, Window
 
+_EXAMPLES = """\
+examples:
+  %(prog)s quickstart                                     a tiny model, from nothing to scores
+  %(prog)s recipes/kobart.yaml --dry-run                  read the data, count updates and memory
+  %(prog)s recipes/kobart.yaml training.learning_rate=5e-5
+  %(prog)s recipes/kobart.yaml --resume auto experiment.output_dir=RUN
+  accelerate launch engine/train.py recipes/kobart.yaml   on several GPUs
+
+Writes experiments/<day>/<time>_<name>/, or experiment.output_dir: checkpoints, metrics, predictions, final_model/.
+SIGTERM and Ctrl-C save and end with 75, SIGUSR1 saves and goes on. Other exit codes: README.md."""
+
 
 def train(job: Job) -> None:
     """Run windows until the recipe's end, evaluating, saving and logging on the way."""
@@ -167,9 +178,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="engine/train.py",
         description="Fine-tune a Korean dialogue summariser as a recipe describes it.",
-        epilog="Launch on several GPUs with: accelerate launch engine/train.py RECIPE.yaml",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("recipe", metavar="RECIPE.yaml", help="the recipe; see recipes/")
+    parser.add_argument("recipe", metavar="RECIPE.yaml", help="a file, or the name of a recipe in recipes/: kobart")
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="section.key=value", help="settings that win over the recipe's"
     )

@@ -139,7 +139,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--input", help="file with references to score on (default: the recipe's validation file)")
     parser.add_argument("--no-score", action="store_true", help="write the folder and do not decode anything")
     parser.add_argument("--limit", type=int, help="score only the first rows")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument(
+        "--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: the GPU, where there is one"
+    )
     parser.add_argument("--seed", type=int, default=42, help="of the bootstrap")
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     return parser.parse_args(argv)

@@ -47,7 +47,7 @@ def convert(source: str, output: Path, revision: str | None = None) -> Path:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="hub id or folder")
     parser.add_argument("output", type=Path, help="folder to make")
     parser.add_argument("--revision", help="commit of the hub repository")

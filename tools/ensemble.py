@@ -277,7 +277,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     one.add_argument("--reference-id-column", help="default: id or fname")
     one.add_argument("--reference-column", help="default: prediction or summary")
     one.add_argument("--utility", default="rouge_mean", choices=METRICS, help="what candidates agree by")
-    one.add_argument("--rouge-tokenizer", default="mecab", choices=("mecab", "char", "whitespace"))
+    one.add_argument(
+        "--rouge-tokenizer", default="mecab", choices=("mecab", "char", "whitespace"), help="default: mecab"
+    )
     one.set_defaults(run=mbr)
 
     two = kinds.add_parser("average", parents=[both], help="mean of token probabilities inside the beam search")
@@ -285,7 +287,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     two.add_argument("--input", help="rows to decode (default: the validation file of the first run's recipe)")
     two.add_argument("--no-members", action="store_true", help="do not decode with each member alone")
     two.add_argument("--limit", type=int, help="only the first rows")
-    two.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    two.add_argument(
+        "--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: the GPU, where there is one"
+    )
     two.set_defaults(run=average)
 
     args, rest = parser.parse_known_args(argv)  # overrides may stand after options, where argparse takes no positionals

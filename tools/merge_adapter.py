@@ -181,7 +181,7 @@ def copy_recipe(adapter: Path, folder: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("adapter", type=Path, help="run folder or adapter folder")
     parser.add_argument("output", type=Path, help="folder to make")
     parser.add_argument("--base", help="base model, where it is not the one that the adapter names")

@@ -231,8 +231,10 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("arguments", nargs="*", metavar="RECIPE.yaml or section.key=value")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "arguments", nargs="*", metavar="RECIPE.yaml or section.key=value", help="models, and settings of all"
+    )
     parser.add_argument("--output", type=Path, default=Path("experiments/screening"), help="folder for the results")
     parser.add_argument("--timeout", type=float, help="seconds that one model may take")
     parser.add_argument("--child", help=argparse.SUPPRESS)

@@ -112,8 +112,8 @@ def first_batch(recipe: Recipe, encoder: TextEncoder, config: Any, features: lis
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", metavar="RECIPE.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("recipe", metavar="RECIPE.yaml", help="a file, or a name: kobart")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win")
     parser.add_argument("--rows", type=int, default=3, help="how many examples (default 3)")
     parser.add_argument("--ids", action="store_true", help="print token ids as well")
     parser.add_argument("--traceback", action="store_true", help="print a traceback for every error")

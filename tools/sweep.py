@@ -55,7 +55,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     from engine.recipe.flags import parse_options
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", metavar="RECIPE.yaml")
+    parser.add_argument("recipe", metavar="RECIPE.yaml", help="a file, or a name: kobart")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of every trial")
     parser.add_argument("--set", nargs="+", required=True, metavar="KEY=VALUES", help="a,b,c or low..high")
     parser.add_argument("--search", choices=("grid", "random", "tpe"), help="default: tpe where there is a range")

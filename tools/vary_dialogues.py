@@ -62,9 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("input", help="CSV, JSONL or parquet file with dialogues")
     parser.add_argument("overrides", nargs="*", metavar="data.key=value", help="how to read it: data.text_column=대화")
     parser.add_argument("--output-dir", type=Path, required=True, help="gets <name>-1.csv, <name>-2.csv, ...")
-    parser.add_argument("--copies", type=int, default=3)
+    parser.add_argument("--copies", type=int, default=3, help="files to write (default: 3)")
     parser.add_argument("--share", type=float, default=0.15, help="of the turns that each copy leaves out")
-    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--seed", type=int, default=42, help="decides which turns go (default: 42)")
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     options = parser.parse_intermixed_args(argv)
     if options.copies < 1 or not 0 < options.share <= 0.5:

@@ -18,6 +18,8 @@ def parse_options(
         sections: those whose keys come first where a name stands for several.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if sys.argv[0].startswith("kodialogue "):
+        parser.prog = sys.argv[0]
     options, unknown = parser.parse_known_intermixed_args(arguments)
     if unknown:  # what follows an unknown option is not taken for a setting any more, and is in the list as well
         flags = [argument for argument in unknown if argument.startswith("-")] or unknown

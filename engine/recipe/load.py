@@ -24,7 +24,7 @@ import yaml
 from pydantic import ValidationError
 
 from engine.errors import EngineError
-from engine.recipe import yaml_subset
+from engine.recipe import shipped, yaml_subset
 from engine.recipe.rules import findings
 from engine.recipe.schema import LARGEST, SECTIONS, Recipe, Section, admits, field_of
 from engine.recipe.synonyms import suggest, suggest_section
@@ -32,7 +32,7 @@ from engine.recipe.synonyms import suggest, suggest_section
 MAX_BYTES = 1 << 20
 MAX_BASES, MAX_LAYERS = 16, 64
 SHOWN_PROBLEMS = 50
-DEBUG_RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "base" / "debug.yaml"
+DEBUG_RECIPE = shipped.RECIPES / "base" / "debug.yaml"
 COMMAND_LINE = "command line"
 Overrides = Iterable[str] | Mapping[str, object]
 Key = tuple[str, ...]
@@ -59,7 +59,7 @@ def load_recipe(path: str | os.PathLike[str], overrides: Overrides = (), *, debu
     """Read, merge and check a recipe.
 
     Args:
-        path: a YAML file.
+        path: a YAML file, or the name of a recipe that comes with the package: kobart.
         overrides: "section.key=value" strings as on the command line, or a mapping, flat or nested.
         debug: lay recipes/base/debug.yaml over the recipe, below the overrides.
 
@@ -67,7 +67,7 @@ def load_recipe(path: str | os.PathLike[str], overrides: Overrides = (), *, debu
         EngineError: E2.1 when a file cannot be read as YAML, E2.2 listing everything that is wrong with the values.
     """
     problems: list[str] = []
-    layers = _file_layers(Path(path), problems, ())
+    layers = _file_layers(shipped.find(Path(path)), problems, ())
     if debug:
         layers += _file_layers(DEBUG_RECIPE, problems, ())
     layers.append(_override_layer(overrides, problems))
@@ -133,7 +133,8 @@ def _read_text(path: Path, named_by: str) -> str:
             raise _unreadable("recipe", "the path holds a NUL character")
         if not path.exists():
             tried = f"looked for {os.path.abspath(path)}; a base: is relative to the file that names it"
-            raise _unreadable(where, f"{shown} does not exist", tried if named_by else "ls recipes/*.yaml")
+            known = f"a file, or one of {', '.join(shipped.names())}"
+            raise _unreadable(where, f"{shown} does not exist", tried if named_by else known)
         if not path.is_file():
             raise _unreadable(where, f"{shown} is not a regular file")
         with path.open("rb") as handle:
@@ -165,9 +166,10 @@ def _file_layers(path: Path, problems: list[str], chain: tuple[Path, ...], named
     if not isinstance(document.value, dict):
         raise _unreadable(f"{label}:1", "a recipe is a mapping of sections, such as `training:` with keys below it")
     values, origins = document.value, {key: f"{label}:{line}" for key, line in document.lines.items()}
+    shipped.with_data(values, real)
     layers = []
     for name in _base_names(values.pop("base", None), origins.get(("base",), ""), problems):
-        layers += _file_layers(path.parent / name, problems, (*chain, real), origins[("base",)])
+        layers += _file_layers(shipped.find(path.parent / name, name), problems, (*chain, real), origins[("base",)])
         if len(layers) > MAX_LAYERS:  # two bases with two bases each, and so on: 16 levels would be 65,536 readings
             raise _unreadable(f"{label}:1", f"more than {MAX_LAYERS} base files in all")
     return [*layers, Layer(values, origins)]

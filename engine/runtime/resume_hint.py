@@ -12,6 +12,7 @@ from engine.runtime.console import columns, from_here, is_terminal, wrap, wrap_c
 from engine.runtime.run_status import RunStatus
 
 _SCRIPT = Path(__file__).resolve().parents[1] / "train.py"
+_COMMAND = "kodialogue train"  # what tools/kodialogue.py calls itself then
 
 
 def going_on(status: RunStatus, *, saved: bool) -> list[str]:
@@ -19,7 +20,7 @@ def going_on(status: RunStatus, *, saved: bool) -> list[str]:
 
     None before there is a run folder, and where no command line started the run.
     """
-    if status.folder is None or Path(sys.argv[0]).name != _SCRIPT.name:
+    if status.folder is None or Path(sys.argv[0]).name not in (_SCRIPT.name, _COMMAND):
         return []
     folder = from_here(status.folder)
     if status.last_checkpoint is None:
@@ -45,7 +46,8 @@ def resume_command(arguments: Sequence[str], folder: str, environment: Mapping[s
             skip = not equals
         else:
             kept.append(argument)
-    return [*_launcher(environment), from_here(_SCRIPT), *kept, "--resume", "auto", f"experiment.output_dir={folder}"]
+    program = _COMMAND.split() if sys.argv[0] == _COMMAND else [*_launcher(environment), from_here(_SCRIPT)]
+    return [*program, *kept, "--resume", "auto", f"experiment.output_dir={folder}"]
 
 
 def _launcher(environment: Mapping[str, str]) -> list[str]:
