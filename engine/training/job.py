@@ -19,6 +19,7 @@ from engine.data.collate import IGNORE_INDEX
 from engine.models import sharding
 from engine.models.bundle import save_model
 from engine.models.weights import weights_of
+from engine.reporting.provenance import code_state
 from engine.reporting.tracking import Tracker, write_predictions
 from engine.runtime import signals
 from engine.runtime.peak_memory import measured_peak
@@ -103,6 +104,7 @@ class Job:
             test_rows=0 if self.summarizer is None else self.test_rows,
         )
         self.progress = Progress(self.runtime, schedule, done=self.windows_done)
+        self.code = code_state()  # as it is loaded: the checkout may be another one when the run ends
         self.clock = time.perf_counter()
 
     # Where we are
