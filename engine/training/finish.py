@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from engine.errors import EngineError
 from engine.models import weights
 from engine.prediction import export
+from engine.prediction.card import card
 from engine.recipe.dump import without_secrets
 from engine.reporting import provenance
 from engine.reporting.report import tell_results
@@ -50,9 +51,7 @@ def write_results(job: Job, test: list[Example]) -> dict[str, Any]:
     with job.runtime.ranks.together("writing results"):
         if job.runtime.is_main:
             append_result(Path(job.recipe.experiment.output_root) / "results.csv", _row(record, job.recipe))
-            write_text_atomically(
-                job.run_dir / "final_model" / "README.md", export.card(job.recipe, job.bundle, record)
-            )
+            write_text_atomically(job.run_dir / "final_model" / "README.md", card(job.recipe, job.bundle, record))
             write_json_atomically(job.run_dir / "results.json", record)
     tell_results(record, job.run_dir, job.recipe)
     return record
