@@ -102,15 +102,14 @@ class Page:
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
 
-    def wait_for(self, script: str) -> Any:
-        """Until the expression is true; its value."""
+    def wait_for(self, script: str) -> None:
+        """Until the expression is true."""
         end = time.monotonic() + _PATIENCE
-        while not (value := self.evaluate(script)):
+        while not self.evaluate(f"!!({script})"):  # an element has no value of its own here
             assert time.monotonic() < end, (
                 f"{script}: never; {self.console}; {self.evaluate('document.body.innerText')}"
             )
             time.sleep(0.1)
-        return value
 
     def open(self, address: str) -> None:
         self.send("Page.navigate", url=address)

@@ -69,13 +69,20 @@ def summaries(
     return texts
 
 
-def page(predictors: dict[str, Predictor]) -> Any:
-    """The page as Gradio's blocks. Raises: EngineError E2.78 where Gradio is not installed."""
+def gradio_without_telemetry() -> Any:
+    """Raises: EngineError E2.78 where Gradio is not installed."""
     import pages
 
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before the import, which would ask for the newest version
-    gradio = pages.needed("gradio", "demo", "the demo")
-    first = next(iter(predictors.values())).generation
+    return pages.needed("gradio", "demo", "the demo")
+
+
+def page(predictors: dict[str, Predictor]) -> Any:
+    """The page as Gradio's blocks."""
+    gradio = gradio_without_telemetry()
+    head = next(iter(predictors.values()))
+    first = head.generation  # the page begins with its settings, and bounds must hold them
+    most = first.max_new_tokens or head.bundle.lengths["max_target_length"]
     with gradio.Blocks(title="대화 요약", analytics_enabled=False) as blocks:
         gradio.Markdown("# 대화 요약\n대화를 붙여 넣고 모델을 고르면, 고른 모델들의 요약을 나란히 보여 줍니다.")
         dialogue = gradio.Textbox(
@@ -83,11 +90,11 @@ def page(predictors: dict[str, Predictor]) -> Any:
         )
         chosen = gradio.CheckboxGroup(list(predictors), value=list(predictors), label="모델")
         with gradio.Row():
-            beams = gradio.Slider(1, 10, first.num_beams, step=1, label="빔 수", info="num_beams")
-            longest = gradio.Slider(
-                8, 256, first.max_new_tokens, step=1, label="최대 길이(토큰)", info="max_new_tokens"
-            )
-            penalty = gradio.Slider(0, 3, first.length_penalty, step=0.1, label="길이 벌점", info="length_penalty")
+            limit = max(10, first.num_beams)
+            beams = gradio.Slider(1, limit, first.num_beams, step=1, label="빔 수", info="num_beams")
+            longest = gradio.Slider(1, max(256, most), most, step=1, label="최대 길이(토큰)", info="max_new_tokens")
+            low, high = min(0, first.length_penalty), max(3, first.length_penalty)
+            penalty = gradio.Slider(low, high, first.length_penalty, step=0.1, label="길이 벌점", info="length_penalty")
         button = gradio.Button("요약하기", variant="primary")
         with gradio.Row():
             results = [gradio.Textbox(label=name, lines=4, interactive=False) for name in predictors]
@@ -107,7 +114,7 @@ def one_or_all(texts: list[str]) -> Any:
 
 def serve(predictors: dict[str, Predictor], port: int | None, *, wait: bool = True) -> str:
     """Start the page; returns its address where it does not wait. Raises: EngineError E2.136 for a port that is taken."""
-    from gradio.themes import Default
+    gradio = gradio_without_telemetry()
     from starlette.middleware import Middleware
 
     blocks = page(predictors)
@@ -122,7 +129,7 @@ def serve(predictors: dict[str, Predictor], port: int | None, *, wait: bool = Tr
             ssr_mode=False,
             footer_links=[],
             prevent_thread_lock=True,
-            theme=Default(font=fonts, font_mono=("ui-monospace", "monospace")),
+            theme=gradio.themes.Default(font=fonts, font_mono=("ui-monospace", "monospace")),
             app_kwargs={"middleware": [Middleware(OwnFilesOnly)]},
         )
     except OSError as error:
@@ -155,10 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--port", type=int, help="port on this machine (default: the first free one from 7860 on)")
     parser.add_argument("--traceback", action="store_true", help="print a traceback for every error")
     options = parser.parse_args(arguments)
-    import pages
-
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    pages.needed("gradio", "demo", "the demo")
+    gradio_without_telemetry()  # what is missing is said before models are loaded
     serve(load(options.runs), options.port)
     return 0
 

@@ -115,6 +115,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.write:
         text = replaced(options.write.read_text(encoding="utf-8"), table, options.write)
         write_text_atomically(options.write, text)
+    if options.keep:
+        options.keep.mkdir(parents=True, exist_ok=True)
     for record in records if options.keep else []:
         write_json_atomically(options.keep / f"{record['recipe']['name']}.json", record)
     print(table)

@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import demo
 import pytest
@@ -13,6 +14,7 @@ from driven import Page
 from generation_toys import one_thread  # noqa: F401
 
 from engine.errors import EngineError
+from engine.recipe.schema import Generation
 
 DIALOGUE = "#Person1#: 커피 한 잔 주세요.\n#Person2#: 따뜻한 것으로 드릴까요?"
 BUTTON = "[...document.querySelectorAll('button')].find(b => b.innerText.trim() == '요약하기')"
@@ -22,8 +24,6 @@ class Echo:
     """A predictor that says what it was asked."""
 
     def __init__(self, word: str) -> None:
-        from engine.recipe.schema import Generation
-
         self.word, self.generation = word, Generation(num_beams=2, max_new_tokens=24)
 
     def predict_single(self, dialogue: str, **settings) -> str:
@@ -65,6 +65,24 @@ def served(monkeypatch):
     monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
     yield lambda predictors: demo.serve(predictors, None, wait=False)
     gradio.close_all(verbose=False)
+
+
+@pytest.mark.parametrize(
+    ("settings", "bounds"),
+    [
+        ({"num_beams": 1, "max_new_tokens": 6}, [(1, 1, 10), (1, 6, 256), (0, 1.0, 3)]),
+        ({"num_beams": 16, "max_new_tokens": 400, "length_penalty": 4.5}, [(1, 16, 16), (1, 400, 400), (0, 4.5, 4.5)]),
+        ({"max_new_tokens": None, "length_penalty": -1.0}, [(1, 4, 10), (1, 64, 256), (-1.0, -1.0, 3)]),
+    ],
+)
+def test_the_page_begins_with_the_first_runs_settings(settings, bounds):
+    """Gradio refuses a value beyond a slider's bounds when the button is clicked, and not before."""
+    gradio = pytest.importorskip("gradio")
+    echo = Echo("하나")
+    echo.generation = Generation(**settings)
+    echo.bundle = SimpleNamespace(lengths={"max_target_length": 64})
+    blocks = demo.page({"가": echo}).blocks.values()
+    assert [(b.minimum, b.value, b.maximum) for b in blocks if isinstance(b, gradio.Slider)] == bounds
 
 
 def test_a_port_that_is_taken_is_said_in_one_line(served):
