@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import pytest
 
-_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-_QUIET = ("--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run")
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+QUIET = ("--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run")
 _MESSAGE = re.compile(r"INFO:CONSOLE[^\"]*\"(.*)\", source:")
 
 
@@ -27,12 +27,12 @@ def see(page: Path, state: str = "", *, width: int | None = None) -> Seen:
     With `width` the page lies in a frame that many pixels wide (a window is never narrower than 500), and the document is
     that of the frame's owner: `data-overflow` says by how many pixels the page is wider than its frame.
     """
-    program = next(filter(None, map(shutil.which, _NAMES)), None)
+    program = next(filter(None, map(shutil.which, NAMES)), None)
     if program is None:
         pytest.skip("no Chromium on this machine")
     if width is not None:
         page = _framed(page, width)
-    command = [program, "--headless", "--no-sandbox", "--disable-gpu", *_QUIET, f"--user-data-dir={page}.profile"]
+    command = [program, "--headless", "--no-sandbox", "--disable-gpu", *QUIET, f"--user-data-dir={page}.profile"]
     command += ["--host-resolver-rules=MAP * ~NOTFOUND", "--enable-logging=stderr", "--virtual-time-budget=5000"]
     address = f"{page.resolve().as_uri()}{'#' if state else ''}{state}"
     done = subprocess.run([*command, "--dump-dom", address], capture_output=True, text=True, timeout=240, check=True)

@@ -58,6 +58,7 @@ def merge(adapter: Path, output: Path, base: str | None = None, precision: str =
     from engine.models.bundle import save_model
     from engine.models.load import load_trained
     from engine.prediction import export
+    from engine.prediction.card import card
     from engine.prediction.predictor import recipe_of
     from engine.runtime.atomic import new_folder, refuse_existing
 
@@ -85,7 +86,7 @@ def merge(adapter: Path, output: Path, base: str | None = None, precision: str =
         report["reloaded"] = compare(outputs(bundle.model, bundle), outputs(alone, bundle), stored, "reloaded")
         recipe = recipe_of(adapter)
         export.write_generation_config(partial, bundle, recipe.generation)  # after the checks, which decode greedily
-        (partial / "README.md").write_text(export.card(recipe, bundle), encoding="utf-8")
+        (partial / "README.md").write_text(card(recipe, bundle), encoding="utf-8")
         (partial / "merge_report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report
 
@@ -99,7 +100,9 @@ def stored_precision(adapter: Path, base: str | None) -> str:
     return names.get(max(kinds, key=kinds.get, default="F32"), "fp32")
 
 
-def outputs(model: nn.Module, bundle: ModelBundle) -> list[tuple[Tensor, list[int]]]:
+def outputs(
+    model: nn.Module, bundle: ModelBundle, dialogues: Sequence[str] = DIALOGUES
+) -> list[tuple[Tensor, list[int]]]:
     """For each dialogue: logits along the greedy continuation (T, V), and its token ids."""
     import torch
 
@@ -107,7 +110,7 @@ def outputs(model: nn.Module, bundle: ModelBundle) -> list[tuple[Tensor, list[in
 
     encoder, found = bundle.text_encoder(), []
     device = model.get_input_embeddings().weight.device
-    for row, dialogue in enumerate(DIALOGUES):
+    for row, dialogue in enumerate(dialogues):
         feature = encoder.prompt_feature(Example(str(row), dialogue, (), None, row + 1), row)
         ids = torch.tensor([feature.input_ids], device=device)
         with torch.no_grad():

@@ -7,10 +7,8 @@ import io
 import json
 import logging
 import os
-import platform
 import shutil
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +16,11 @@ from engine.data.feature_cache import FeatureCache
 from engine.errors import EngineError
 from engine.models import weights
 from engine.prediction import export
+from engine.prediction.card import card
+from engine.recipe.dump import without_secrets
+from engine.reporting import provenance
 from engine.reporting.report import tell_results
-from engine.reporting.tracking import read_rows, strict_json, write_predictions
+from engine.reporting.tracking import read_rows, rows_sha256, strict_json, write_predictions
 from engine.runtime.atomic import read_json, remove_partials, write_json_atomically, write_text_atomically
 from engine.runtime.faults import blaming
 from engine.runtime.lock import taking_turns
@@ -48,13 +49,11 @@ def write_results(job: Job, test: list[Example]) -> dict[str, Any]:
         if job.runtime.is_main:
             write_final_model(checkpoint, job)
     tested = _predict_test(job, test, checkpoint, best)
-    record = _record(job, best, tested) | ({"profile": shares} if shares else {})
+    record = _record(job, best, test, tested) | ({"profile": shares} if shares else {})
     with job.runtime.ranks.together("writing results"):
         if job.runtime.is_main:
             append_result(Path(job.recipe.experiment.output_root) / "results.csv", _row(record, job.recipe))
-            write_text_atomically(
-                job.run_dir / "final_model" / "README.md", export.card(job.recipe, job.bundle, record)
-            )
+            write_text_atomically(job.run_dir / "final_model" / "README.md", card(job.recipe, job.bundle, record))
             write_json_atomically(job.run_dir / "results.json", record)
     tell_results(record, job.run_dir, job.recipe)
     job.callbacks.call("on_end", record, job.state.step)
@@ -83,7 +82,7 @@ def write_final_model(checkpoint: Path, job: Job) -> None:
 def _predict_test(job: Job, test: list[Example], checkpoint: Path, step: int) -> dict[str, Any]:
     """Predict the test split with the best weights; its scores, and the floors under them, where it has summaries.
 
-    Returns {"metrics": ..., "floors": ...}, empty without rows or without decoding.
+    Returns {"metrics": ..., "interval": ..., "floors": ...}, empty without rows or without decoding.
     """
     if not test or job.summarizer is None:
         return {}
@@ -101,26 +100,32 @@ def _predict_test(job: Job, test: list[Example], checkpoint: Path, step: int) ->
         log.info("step %d  %d test rows decoded in %.1f s", step, len(result.rows), result.metrics["seconds"])
         if warning := floors.alike_warning(result.rows):
             log.warning("test: %s", warning)
-    tested: dict[str, Any] = {"metrics": result.metrics}
+    tested: dict[str, Any] = {"metrics": result.metrics, "interval": provenance.interval(result.rows)}
     if job.runtime.is_main and job.dev is not None and split.targets is not None:
         tokenizer = job.recipe.evaluation.rouge_tokenizer
         tested["floors"] = floors.measure_again(job.floors, split.dialogues, split.references, tokenizer)
     return tested
 
 
-def _record(job: Job, best: int, tested: Mapping[str, Any]) -> dict[str, Any]:
-    state = job.state
-    rows = [row for row in read_rows(job.run_dir / "metrics.jsonl") if row["split"] == "dev" and row["step"] == best]
+def _record(job: Job, best: int, test: list[Example], tested: Mapping[str, Any]) -> dict[str, Any]:
+    state, recipe = job.state, job.recipe
+    logged = read_rows(job.run_dir / "metrics.jsonl")
+    rows = [row for row in logged if row["split"] == "dev" and row["step"] == best]
+    test_metrics = json.loads(strict_json(tested["metrics"])) if tested else None
+    scored = job.runtime.is_main and rows and "rouge1" in rows[-1]
+    dev = provenance.interval_of(job.run_dir / "predictions" / f"dev-step{best}.csv") if scored else None
     return {
         "run": job.run_dir.name,
         "final_model_path": str(job.run_dir / "final_model"),
         "best_step": best,
-        "best_metric": job.recipe.evaluation.metric,
+        "best_metric": recipe.evaluation.metric,
         "best_value": state.best_value,
         "metrics": rows[-1] if rows else None,
-        "test_metrics": json.loads(strict_json(tested["metrics"])) if tested else None,
+        "test_metrics": test_metrics,
+        "intervals": {"dev": dev, "test": tested.get("interval")},
         "baselines": _baselines(job, tested),
-        "data": _data(job),
+        "recipe": without_secrets({"name": recipe.experiment.name, "sha256": provenance.recipe_sha256(recipe)}),
+        "data": _data(job, test),
         "kind": _kind(job),
         "last_step": state.step,
         "epochs": job.epoch,
@@ -129,10 +134,12 @@ def _record(job: Job, best: int, tested: Mapping[str, Any]) -> dict[str, Any]:
         "train_seconds": state.train_seconds,
         "evaluation_seconds": state.evaluation_seconds,
         "evaluation_share": state.evaluation_share,
-        "model": job.bundle.report | {"name_or_path": job.recipe.model.name_or_path},
+        "speeds": provenance.speeds(logged, test_metrics),
+        "model": without_secrets(job.bundle.report | {"name_or_path": recipe.model.name_or_path}),
         "world_size": job.runtime.world_size,
-        "versions": {name: version(name) for name in ("torch", "transformers", "accelerate", "peft")}
-        | {"python": platform.python_version()},
+        "code": job.code,
+        "versions": provenance.versions(),
+        "hardware": provenance.hardware(job.runtime.device, job.runtime.world_size),
     }
 
 
@@ -143,14 +150,14 @@ def _baselines(job: Job, tested: Mapping[str, Any]) -> dict[str, Any]:
     return {"dev": job.floors} | ({"test": tested["floors"]} if "floors" in tested else {})
 
 
-def _data(job: Job) -> dict[str, Any]:
+def _data(job: Job, test: list[Example]) -> dict[str, Any]:
     """What was trained and scored on; scores of two runs compare where `dev_sha256` is equal."""
-    dev = job.dev
-    return {
-        "train_rows": len(job.examples),
-        "dev_rows": 0 if dev is None else len(dev.examples),
-        "dev_sha256": None if dev is None else dev.sha256,
-    }
+    scored = [] if job.dev is None else job.dev.examples
+    found: dict[str, Any] = {}
+    for name, examples in (("train", job.examples), ("dev", scored), ("test", test)):
+        found[f"{name}_rows"] = len(examples)
+        found[f"{name}_sha256"] = rows_sha256(evaluation.reference_rows(examples)) if examples else None
+    return found
 
 
 def _kind(job: Job) -> str:

@@ -21,6 +21,7 @@ from engine.loss.cross_entropy import supervised_positions
 from engine.models import sharding
 from engine.models.bundle import save_model
 from engine.models.weights import weights_of
+from engine.reporting.provenance import code_state
 from engine.reporting.tracking import Tracker, write_predictions
 from engine.runtime import signals
 from engine.runtime.ahead import Ahead
@@ -113,6 +114,7 @@ class Job:
         self.progress = Progress(self.runtime, schedule, done=self.windows_done)
         computes_here = self.runtime.device.type == "cpu"  # then a second thread would only take its time
         self.windows = self._make_window if computes_here else Ahead(self._make_window, self._following)
+        self.code = code_state()  # as it is loaded: the checkout may be another one when the run ends
         self.clock = time.perf_counter()
         self.told_share = False
         self.callbacks = self.extras.callbacks

@@ -178,7 +178,7 @@ def test_the_card_tells_what_the_model_is(tmp_path):
     changes = {"generation__block_scripts": ["han"], "generation__fix_full_stop": True}
     run = trained(tmp_path, "llama", generation__repetition_scope="auto", experiment__name="small", **changes)
     card = (run / "final_model" / "README.md").read_text(encoding="utf-8")
-    ours = ("`block_scripts`: ['han']", "`fix_full_stop`: True", "`repetition_scope: output`")
+    ours = ("`block_scripts`: `['han']`", "`fix_full_stop`: True", "`repetition_scope: output`")
     made = ("# small", str(tmp_path / "model"), "train.jsonl", "dev.jsonl", "tokenizer whitespace")
     for told in (*made, "AutoModelForCausalLM", "predict.py", *ours):
         assert told in card, told
