@@ -73,9 +73,10 @@ def measure(rank: int, folder: Path, whole: bool) -> dict[str, float]:
 
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2)
     figures: dict[str, float] = {}
-    cpu = torch.device("cpu")
+    cpu, meta = torch.device("cpu"), torch.device("meta")
+    build_model(built.recipe(folder / "model"), device=meta, precision="fp32")  # imports what it needs
     with peak(figures, "build"):
-        place = cpu if whole or rank == 0 else torch.device("meta")
+        place = cpu if whole or rank == 0 else meta
         bundle = build_model(built.recipe(folder / "model"), device=place, precision="fp32")
         model = bundle.model
         sharding.shard(model, cpu, param_dtype=None, cpu_offload=False, from_first=not whole)
@@ -104,7 +105,10 @@ def main(folder: Path, whole: bool) -> int:
     import tiny
 
     if not (folder / "model").is_dir():
-        tiny.save("llama", folder / "model", **SHAPE)
+        tiny.model("llama", **SHAPE).bfloat16().save_pretrained(
+            folder / "model"
+        )  # read into float32: not mapped as it is
+        tiny.tokenizer("llama").save_pretrained(folder / "model")
     pids = []
     for rank in range(2):
         if (pid := os.fork()) == 0:

@@ -54,8 +54,7 @@ def shard(
     }
     for module in (*layers(model), model):  # last what is left: embeddings, the head that may be tied to them, a norm
         if from_first:
-            tensors = module.parameters() if module is not model else (tensor for _, tensor in _contents(model))
-            for tensor in tensors:
+            for tensor in (*module.parameters(), *(model.buffers() if module is model else ())):
                 _fill(tensor, device)
         fully_shard(module, **settings)
 
@@ -66,17 +65,15 @@ def layers(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if type(module).__name__ in names]
 
 
-def _contents(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters, buffers, and tensors that a module keeps as plain attributes; tied ones once."""
-    yield from model.named_parameters()
-    yield from model.named_buffers()
-    for path, module in model.named_modules():
-        yield from ((f"{path}.{name}", value) for name, value in vars(module).items() if isinstance(value, Tensor))
-
-
 def layout(model: nn.Module) -> str:
-    """A digest of everything but the content: names, shapes, types, what is trainable, what is tied."""
-    facts = [(name, tuple(t.shape), str(t.dtype), t.requires_grad) for name, t in _contents(model)]
+    """A digest of everything but the content: names, shapes, types, what is trainable, what is tied.
+
+    A tensor without content that a module keeps as a plain attribute makes it unlike any other: `shard` would not fill it.
+    """
+    named = (*model.named_parameters(), *model.named_buffers())  # tied ones once
+    facts = [(name, tuple(tensor.shape), str(tensor.dtype), tensor.requires_grad) for name, tensor in named]
+    kept = [value for module in model.modules() for value in vars(module).values()]
+    facts.append(any(isinstance(value, Tensor) and value.is_meta for value in kept))
     return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
