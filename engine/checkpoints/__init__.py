@@ -6,4 +6,5 @@ manifest     is every file there, unaltered and harmless
 identity     what may change between a checkpoint and its resume
 state_files  nested state as JSON and safetensors, bit for bit
 host_copies  copies of tensors in host memory, written while training goes on
+spool        whole tensors of a sharded model on their way into a checkpoint, on the disk
 """

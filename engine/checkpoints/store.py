@@ -95,6 +95,7 @@ class CheckpointStore:
         on_error: "continue" turns a failed save into a warning.
         identity: `identity.identity_of(...)`; a resume compares it with the checkpoint's.
         allow_change: keys of the identity that the user allows to differ.
+        copied: the tensors to save are nobody else's (gathered from parts), so a save in the background takes no copies.
     """
 
     def __init__(
@@ -107,10 +108,11 @@ class CheckpointStore:
         on_error: str = "abort",
         identity: Mapping[str, Any],
         allow_change: Sequence[str] = (),
+        copied: bool = False,
     ) -> None:
         check_allowed(allow_change)
         self.run_dir, self.runtime, self.ranks = run_dir, runtime, runtime.ranks
-        self.sync, self.on_error = sync, on_error
+        self.sync, self.on_error, self.copied = sync, on_error, copied
         self.identity, self.allow_change = dict(identity), tuple(allow_change)
         self._thread: threading.Thread | None = None
         self._pending: int | None = None  # step of the save that is not joined yet; the same on all ranks
@@ -159,7 +161,8 @@ class CheckpointStore:
         """
         self.wait()
         with self._failing_softly():
-            live = weights()
+            with self.ranks.together("gathering what is saved"), self._as_storage_error(self.run_dir):
+                live = weights()
             live = live if self.ranks.is_main else {}
             optimizer = flatten_state(state.optimizer) if self.ranks.is_main else (None, {})
             folder = self._begin(step, [*live.values(), *optimizer[1].values()])
@@ -241,8 +244,9 @@ class CheckpointStore:
         if self.sync:
             return self._complete(job)
         try:
-            job.weights = self._copies.take("model", job.weights)
-            job.optimizer = (job.optimizer[0], self._copies.take("optimizer", job.optimizer[1]))
+            if not self.copied:
+                job.weights = self._copies.take("model", job.weights)
+                job.optimizer = (job.optimizer[0], self._copies.take("optimizer", job.optimizer[1]))
         except Exception as error:  # most likely no memory for the copies; the other ranks read of it in `wait`
             self._failure = error
             return self._drop_temp()

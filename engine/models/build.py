@@ -26,6 +26,7 @@ def build_model(recipe: Recipe, *, device: torch.device, precision: str) -> Mode
     Trainable weights are float32 under every precision; the frozen base of adapters is stored in the compute type.
 
     Args:
+        device: where the weights go. On the meta device nothing is read or drawn: the layout without content.
         precision: fp32, bf16 or fp16, already resolved.
 
     Raises:
@@ -55,7 +56,8 @@ def build_model(recipe: Recipe, *, device: torch.device, precision: str) -> Mode
         # After the weights, because the vocabulary of a random model is part of what identifies it.
         base = _identity(recipe, config, source)
         if lora:
-            model = _with_adapters(model, recipe, source, adapter, list(pieces))
+            with weights.without_content(device):
+                model = _with_adapters(model, recipe, source, adapter, list(pieces))
         if recipe.training.gradient_checkpointing:
             weights.recompute_activations(model, frozen_embeddings=lora)
         check_trainable_dtype(model)
@@ -70,7 +72,8 @@ def build_model(recipe: Recipe, *, device: torch.device, precision: str) -> Mode
             lengths=lengths,
             quantization=recipe.quantization.model_dump() if recipe.quantization.load_in_4bit else None,
         )
-        trial.try_out(bundle)
+        if device.type != "meta":
+            trial.try_out(bundle)
     return bundle
 
 
@@ -124,7 +127,10 @@ def _random_model(
     fixed = recipe.model.name_or_path is not None or "vocab_size" in (recipe.model.config or {})
     # A benchmark at a model's real shape keeps that model's rows; otherwise the vocabulary decides.
     config.vocab_size = max(rows, config.vocab_size) if fixed else rows
-    with blaming("E4.9", "no model can be built", "model.config", "check model.config"):
+    with (
+        blaming("E4.9", "no model can be built", "model.config", "check model.config"),
+        weights.without_content(device),
+    ):
         size.check_weights_fit(config, device)
         model = weights.auto_class(config).from_config(
             config, **weights.attention(recipe.model.attn_implementation), dtype=torch.float32

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +51,8 @@ def load_folder(
         EngineError: E4.8 where weights are missing or do not fit.
     """
     arguments: dict[str, Any] = attention(attn_implementation)
+    if device.type == "meta":
+        arguments |= {"device_map": {"": device}}
     if quantization is not None:
         arguments |= {"quantization_config": quantization, "device_map": {"": device}}
     if offload_folder is not None:
@@ -94,6 +96,11 @@ def _check_depth(folder: Path, config: PreTrainedConfig) -> None:
         if isinstance(layers, int) and layers > most:
             what = f"config.json asks for {layers} layers ({key}), the folder holds {most} weights in all"
             raise EngineError("E4.8", what, str(folder), "restore config.json, or download the model again")
+
+
+def without_content(device: torch.device) -> AbstractContextManager[Any]:
+    """While open, new tensors are made on the meta device too, if that is where the model is."""
+    return device if device.type == "meta" else nullcontext()
 
 
 def too_large(folder: Path, dtype: torch.dtype, device: torch.device) -> bool:
@@ -166,16 +173,17 @@ def trainable_state(model: nn.Module) -> dict[str, Tensor]:
     return adapters.adapter_tensors(model) if is_adapted(model) else dict(model.state_dict())
 
 
-def weights_of(model: nn.Module) -> dict[str, Tensor]:
+def weights_of(model: nn.Module, keep: Callable[[Tensor], Tensor] | None = None) -> dict[str, Tensor]:
     """The same weights as live tensors under the model's own names, which `save_pretrained` takes as its state dict.
 
-    Of a sharded model, rank 0 gets the whole tensors in host memory and the others nothing; all ranks must call it.
+    Of a sharded model, rank 0 gets the whole tensors, put where `keep` says (default: in host memory), and the others
+    nothing; all ranks must call it.
     """
     if is_adapted(model):
         live = {name: tensor.detach() for name, tensor in model.named_parameters() if tensor.requires_grad}
     else:
         live = model.state_dict()
-    return sharding.gathered(live) if sharding.is_sharded(model) else live
+    return sharding.gathered(live, keep) if sharding.is_sharded(model) else live
 
 
 @torch.no_grad()

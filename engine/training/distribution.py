@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 
 from engine.errors import EngineError
 from engine.models import sharding
+from engine.models.build import build_model
 from engine.recipe.rules import sharding_obstacles
 from engine.runtime.faults import first_line
 from engine.training import memory
@@ -51,9 +53,37 @@ def _exceeds(recipe: Recipe, runtime: Runtime) -> bool:
     return memory.exceeds(estimate, runtime.device)
 
 
-def building_place(runtime: Runtime, *, sharded: bool) -> torch.device:
-    """Where a model is built. One to be sharded is laid out in host memory: no GPU ever holds it whole."""
-    return torch.device("cpu") if sharded else runtime.device
+def build(recipe: Recipe, runtime: Runtime, *, sharded: bool) -> ModelBundle:
+    """The bundle on every rank; all of them draw the same numbers, so that new weights are equal everywhere.
+
+    One to be sharded lies whole in rank 0's host memory only, and on no GPU: the others lay it out without content, which
+    `shard` gets from rank 0. Where that gives another layout than rank 0 has, they too build it whole, and say so.
+    """
+
+    def built(place: str | torch.device) -> ModelBundle:
+        return build_model(recipe, device=torch.device(place), precision=runtime.precision)
+
+    with runtime.ranks.together("building the model"):
+        if not sharded or runtime.is_main:
+            bundle = built("cpu" if sharded else runtime.device)
+        else:
+            bundle = _laid_out(built)
+    if not sharded:
+        return bundle
+    layouts = runtime.ranks.exchange("layouts", bundle and sharding.layout(bundle.model))
+    if len(set(layouts)) > 1:
+        log.warning("this model cannot be laid out without its weights: each rank builds it whole before it is sharded")
+        with runtime.ranks.together("building the model whole"):
+            bundle = bundle if runtime.is_main else built("cpu")
+    return bundle
+
+
+def _laid_out(built: Callable[[str], ModelBundle]) -> ModelBundle | None:
+    try:
+        return built("meta")
+    except Exception as error:  # what is wrong with the model itself shows on rank 0, in better words
+        log.debug("no layout without content: %s", first_line(error))
+        return None
 
 
 def shard(bundle: ModelBundle, recipe: Recipe, runtime: Runtime) -> None:
@@ -68,7 +98,8 @@ def shard(bundle: ModelBundle, recipe: Recipe, runtime: Runtime) -> None:
         raise EngineError("E4.21", what, "distributed.strategy", "set distributed.strategy: ddp")
     half = settings.param_dtype == "bf16" and runtime.precision == "bf16"
     dtype = torch.bfloat16 if half else None
-    sharding.shard(bundle.model, runtime.device, param_dtype=dtype, cpu_offload=settings.cpu_offload)
+    hollow = runtime.ranks.any_rank(any(parameter.is_meta for parameter in bundle.model.parameters()))
+    sharding.shard(bundle.model, runtime.device, param_dtype=dtype, cpu_offload=settings.cpu_offload, from_first=hollow)
     bundle.report["device"] = str(runtime.device)
     log.info("the model's %d layers are sharded over %d ranks", len(layers), runtime.world_size)
 

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from engine.checkpoints.spool import Spool
 from engine.checkpoints.state_files import check_alike
 from engine.checkpoints.store import EngineState
 from engine.data.collate import IGNORE_INDEX
@@ -55,10 +56,13 @@ class Learner(NamedTuple):
     schedule: torch.optim.lr_scheduler.LRScheduler
     scaler: torch.amp.GradScaler
 
-    def states(self) -> dict[str, Any]:
-        """All but the weights, under the names of `EngineState`; parts of a sharded model's moments gathered on rank 0."""
+    def states(self, keep: Callable[[Tensor], Tensor] | None = None) -> dict[str, Any]:
+        """All but the weights, under the names of `EngineState`; parts of a sharded model's moments gathered on rank 0.
+
+        `keep` says where rank 0 puts them; see `sharding.gathered`.
+        """
         parts = {"optimizer": self.optimizer, "scheduler": self.schedule, "scaler": self.scaler}
-        return {name: sharding.gathered(part.state_dict()) for name, part in parts.items()}
+        return {name: sharding.gathered(part.state_dict(), keep) for name, part in parts.items()}
 
     def load_states(self, saved: EngineState) -> None:
         """The inverse. Raises: ValueError and others for states of other parts."""
@@ -338,15 +342,23 @@ class Job:
         state.saved_step = state.step
         known = state.best_step is not None
         scored = state.evaluated_step == state.step and state.evaluated_value is not None
+        spool = Spool(self.run_dir)
+        keep = spool.keep if sharding.is_sharded(self.model) else None
+
+        def gather() -> dict[str, Tensor]:
+            live = weights_of(self.bundle.model, keep)
+            spool.check()
+            return live
+
         self.store.save(
             state.step,
             EngineState(
                 position=state.to_dict(),
                 best={"step": state.best_step, "metric": metric, "value": state.best_value} if known else None,
                 rng=self.runtime.random_state(),
-                **self.learner.states(),
+                **self.learner.states(keep),
             ),
-            weights=lambda: weights_of(self.bundle.model),
+            weights=gather,
             write_model=lambda folder, weights: save_model(self.bundle, folder, state_dict=weights),
             metrics={metric: state.evaluated_value} if scored and math.isfinite(state.evaluated_value) else None,
         )

@@ -13,7 +13,8 @@ from engine.checkpoints.identity import identity_of
 from engine.checkpoints.store import CheckpointStore, refusing
 from engine.data import encode, rows
 from engine.data.feature_cache import FeatureCache
-from engine.models import adapters, build, tokenization, weights
+from engine.models import adapters, sharding, tokenization, weights
+from engine.models.build import build_model
 from engine.prediction.summarizer import Summarizer
 from engine.recipe.dump import dump
 from engine.reporting.tracking import Tracker
@@ -86,11 +87,8 @@ def prepare(
 
     What a run computes depends on the order of these steps; each says what it must come before or after.
     """
-    # All ranks still draw the same numbers here, so that new weights (of a head, a token, an adapter) are equal everywhere.
     sharded = distribution.sharded(recipe, runtime)
-    with runtime.ranks.together("building the model"):
-        device = distribution.building_place(runtime, sharded=sharded)
-        bundle = build.build_model(recipe, device=device, precision=runtime.precision)
+    bundle = distribution.build(recipe, runtime, sharded=sharded)
     encoder = bundle.text_encoder()
     with runtime.ranks.together("tokenising"):
         cache = FeatureCache(encoder, keep=recipe.data.cache)
@@ -199,6 +197,7 @@ def _store(
         on_error=recipe.checkpoint.on_save_error,
         identity=identity,
         allow_change=tuple(allow_change),
+        copied=sharding.is_sharded(bundle.model),
     )
 
 
@@ -215,7 +214,7 @@ def dry_run(recipe: Recipe, runtime: Runtime) -> dict[str, Any]:
     if runtime.is_main:
         print(memory.table(estimate, runtime.device), flush=True)  # before the model is loaded, which may not fit
     bundle = blueprint(recipe, device=runtime.device, precision=runtime.precision)
-    bundle = bundle or build.build_model(recipe, device=runtime.device, precision=runtime.precision)
+    bundle = bundle or build_model(recipe, device=runtime.device, precision=runtime.precision)
     encoder = bundle.text_encoder()
     features = encode.encode_all(encoder, splits.train, augment=recipe.data.instruction_augmentation)
     sampler = window_sampler(recipe, features, world_size=runtime.world_size, rank=runtime.rank)

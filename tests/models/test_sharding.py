@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import adapted
+import built
 import pytest
 import tiny
 import torch
@@ -15,6 +18,9 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from engine.models import sharding, weights
+from engine.models.build import build_model
+
+MEASURED = Path(__file__).resolve().parent.parent / "measured_ranks.py"
 
 
 @pytest.fixture
@@ -140,3 +146,46 @@ def test_a_plain_model_passes_through():
         assert sharding.full(tensor) is tensor and sharding.part_of(tensor, like=tensor) is tensor
     state = {"a": [tensor, 1], "b": None}
     assert sharding.gathered(state)["a"][0] is tensor
+
+
+LORA = {"lora": {"enabled": True}}
+
+
+@pytest.mark.parametrize(
+    ("family", "sections"),
+    [
+        *((family, {}) for family in tiny.FAMILIES),
+        ("llama", LORA),
+        ("qwen3", LORA | {"training": {"gradient_checkpointing": True}}),
+        ("llama", {"lora": {"enabled": True, "use_dora": True, "train_added_tokens": True}}),
+        ("bart", {"model": {"init": "random"}}),
+    ],
+)
+def test_a_layout_without_content_is_the_same(tmp_path, family, sections):
+    sections = {"tokenizer": {"added_tokens": ["#Neu#", "#Alt#"]}} | sections
+    recipe = built.recipe(tiny.save(family, tmp_path / "base"), **sections)
+    whole, hollow = (build_model(recipe, device=torch.device(at), precision="fp32") for at in ("cpu", "meta"))
+    assert all(tensor.is_meta for tensor in (*hollow.model.parameters(), *hollow.model.buffers()))
+    assert sharding.layout(hollow.model) == sharding.layout(whole.model)
+    assert hollow.report | {"device": "cpu"} == whole.report and hollow.base == whole.base
+    flipped = next(whole.model.parameters())
+    flipped.requires_grad_(not flipped.requires_grad)
+    assert sharding.layout(hollow.model) != sharding.layout(whole.model)
+
+
+@pytest.mark.slow
+def test_what_two_ranks_hold(tmp_path):
+    """Beyond its part, only rank 0 ever holds the model whole, to build it; a save holds a tensor, and so does a resume."""
+    command, environment = [sys.executable, str(MEASURED), str(tmp_path)], os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, second = sorted(map(json.loads, done.stdout.splitlines()), key=lambda figures: figures["rank"])
+    whole, part = first["whole"], first["part"]
+    layer = whole / 12
+    assert first["build"] < whole + 3 * layer < 2 * whole
+    assert second["build"] < part + 3 * layer < whole
+    for figures in (first, second):
+        assert figures["save"] < 3 * layer < 3 * whole  # of three times the model: weights and two moments
+        assert (
+            figures["resume"] < part + 3 * layer
+        )  # the new moments replace the old ones, one parameter after the other

@@ -72,6 +72,7 @@ def assert_equal(ours, theirs):
 CASES = {
     "bart": ("bart", {}),
     "bart-tokens": ("bart", {"data__batching": "tokens", "data__tokens_per_batch": 250}),
+    "bart-random": ("bart", {"model__init": "random"}),
     "t5": ("t5", {}),
     "llama": ("llama", {}),
     "llama-lora": ("llama", ADAPTER),
@@ -168,6 +169,32 @@ def test_refused_beside_sharding(tmp_path, override, words):
     with pytest.raises(EngineError, match=words) as caught:
         load_recipe(path, [override])
     assert caught.value.exit_code == 2
+
+
+def built_by(monkeypatch, rank, digest_of_rank_0):
+    """Where each build of a rank put its weights; the meta device gives this rank another layout, or fails."""
+    places = []
+
+    def build(recipe, *, device, precision):
+        places.append(device.type)
+        return SimpleNamespace(model=tiny.model("bart").to(device))
+
+    monkeypatch.setattr(distribution, "build_model", build)
+    ranks = SimpleNamespace(together=lambda name: _Nothing(), exchange=lambda name, own: [digest_of_rank_0 or own, own])
+    stand_in = SimpleNamespace(ranks=ranks, is_main=rank == 0, device=torch.device("cpu"), precision="fp32")
+    bundle = distribution.build(None, stand_in, sharded=True)
+    return places, next(bundle.model.parameters()).device.type
+
+
+def test_only_rank_0_builds_the_model_whole(monkeypatch):
+    assert built_by(monkeypatch, 0, None) == (["cpu"], "cpu")
+    assert built_by(monkeypatch, 1, None) == (["meta"], "meta")
+
+
+def test_a_model_that_cannot_be_laid_out_is_built_whole(monkeypatch, caplog):
+    assert built_by(monkeypatch, 1, "another layout") == (["meta", "cpu"], "cpu")
+    assert "each rank builds it whole" in caplog.text
+    assert built_by(monkeypatch, 0, "another layout") == (["cpu"], "cpu")
 
 
 def test_layers_that_no_class_names_are_refused():

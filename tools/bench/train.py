@@ -9,6 +9,7 @@ Qwen3's 151,936 tokens, on chat rows; `kobart` is KoBART's, for a GPU. Without `
 pairs, with a tokenizer trained on them. Each contender trains in a process of its own, one after the other in each round; the
 first update of each is not counted. Medians over rounds; ratios are to the first contender.
 
+`ours, fsdp` shards over the ranks, and a contender followed by `, counted` counts what ranks send in an update.
 `ours` has this project's defaults; `ours, in order` and `trainer, in order` see identical batches. TRL is measured where it
 is installed (`pip install trl datasets`).
 """
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import os
 import platform
 import statistics
@@ -25,6 +27,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -36,6 +40,8 @@ sys.path[:0] = [str(ROOT), str(HERE)]
 
 import made_up  # noqa: E402
 from shapes import values_of  # noqa: E402
+
+from traffic import Traffic  # noqa: E402
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,6 +82,7 @@ class Meter:
     supervised: int = 0
     rows: int = 0
     since: float = 0.0
+    traffic: Traffic | None = None
 
     def count(self, batch: dict[str, Tensor]) -> None:
         labels, mask = batch["labels"], batch["attention_mask"]
@@ -91,7 +98,8 @@ class Meter:
     def lap(self) -> None:
         now = time.perf_counter()
         numbers = {name: getattr(self, name) for name in ("cells", "real", "supervised", "rows")}
-        self.laps.append(numbers | {"seconds": now - self.since})
+        sent = dict(self.traffic.counts) if self.traffic is not None else {}
+        self.laps.append(numbers | {"seconds": now - self.since} | sent)
         self.start()
 
     def start(self) -> None:
@@ -101,9 +109,14 @@ class Meter:
     def result(self) -> dict[str, float]:
         from engine.runtime.peak_memory import measured_peak
 
+        if self.traffic is not None:
+            first, last = self.laps[0], self.laps[-1]
+            sent = {name: last[name] - first.get(name, 0) for name in self.traffic.counts}
+            return {name: count / (len(self.laps) - 1) for name, count in sent.items() if count}
         counted = self.laps[1:]  # the first one allocates
         total = {name: sum(lap[name] for lap in counted) for name in counted[0]}
-        rates = {name: total[name] / total["seconds"] for name in ("rows", "real", "supervised")}
+        ranks = int(os.environ.get("WORLD_SIZE", "1"))  # this one stands for all
+        rates = {name: ranks * total[name] / total["seconds"] for name in ("rows", "real", "supervised")}
         return {
             "samples_per_second": rates["rows"],
             "real_tokens_per_second": rates["real"],
@@ -132,6 +145,15 @@ def write_model(shape: str, tokenizer: Path, folder: Path, *, tiny: bool) -> Non
     AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
 
 
+def sizes_of(folder: Path) -> Iterator[int]:
+    """Numbers in each stored weight of a model folder."""
+    from safetensors import safe_open
+
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            yield from (math.prod(file.get_slice(name).get_shape()) for name in file.keys())
+
+
 def recipe_of(options: argparse.Namespace, work: Path, batching: str) -> Any:
     from engine.recipe.schema import Recipe
 
@@ -150,6 +172,7 @@ def recipe_of(options: argparse.Namespace, work: Path, batching: str) -> Any:
         },
         evaluation={"strategy": "no"},
         checkpoint={"strategy": "no"},
+        distributed={"strategy": "fsdp" if "fsdp" in options.contender else "ddp"},
         tracking={"report_to": [], "progress": False},
     )  # fmt: skip
 
@@ -283,12 +306,14 @@ def arguments_of(options: argparse.Namespace, work: Path) -> dict[str, Any]:
 
 def contend(options: argparse.Namespace) -> None:
     """One contender, in this process: a line of JSON on stdout."""
-    meter = Meter()
+    counted = options.contender.endswith(", counted")
+    meter = Meter(traffic=Traffic() if counted else None)
     runners = {"ours": run_ours, "trainer": run_trainer, "trl": run_trl}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         (work / "model").symlink_to(options.model)
-        runners[options.contender.partition(",")[0]](options, work, meter)
+        with meter.traffic or nullcontext():
+            runners[options.contender.partition(",")[0]](options, work, meter)
     if int(os.environ.get("RANK", "0")) == 0:
         print("RESULT", json.dumps(meter.result()), flush=True)
 
