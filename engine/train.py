@@ -138,9 +138,9 @@ def run(
     Raises:
         EngineError: with the exit code of the command line in `.exit_code`.
     """
+    from engine.evaluation.extras import Extras
     from engine.runtime.process import start
     from engine.training import finish, setup
-    from engine.training.extras import Extras
 
     with start(recipe) as runtime:
         extras = Extras.of(recipe, runtime, metrics or {}, callbacks, allow_code=allow_code)

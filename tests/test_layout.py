@@ -17,7 +17,9 @@ ENTRIES = {"engine.train", "engine.predict"}  # scripts; rooms do not import the
 # Plain arguments only: no files, no recipe, no Accelerate. A folder counts with all its rooms.
 PURE = ("generation", "scoring", "data/prompts.py", "data/windows.py", "loss")
 # Packages, lowest first: a room imports from its own package and from those before it, never from one after it.
-FLOORS = "recipe runtime data scoring reporting generation loss checkpoints models prediction training".split()
+FLOORS = (
+    "recipe runtime data scoring reporting generation loss checkpoints models prediction evaluation training".split()
+)
 HEAVY = {"torch", "transformers", "accelerate", "peft", "bitsandbytes", "pandas", "pydantic", "numpy"}
 
 

@@ -73,7 +73,7 @@ class Plan:
 SITES = (
     ("engine.training.job", "Job.load_window"),
     ("engine.loss.cross_entropy", "summed_cross_entropy"),
-    ("engine.training.evaluation", "evaluate"),
+    ("engine.evaluation.evaluate", "evaluate"),
     ("engine.checkpoints.store", "CheckpointStore._write_rank_files"),
 )
 

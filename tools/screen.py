@@ -52,12 +52,12 @@ def screen_one(recipe: Recipe, folder: Path, name: str) -> dict[str, Any]:
     """
     from engine.data.feature_cache import FeatureCache
     from engine.data.rows import read_examples
+    from engine.evaluation.evaluate import Split, evaluate
     from engine.models import build, weights
     from engine.prediction.summarizer import Summarizer
     from engine.reporting.tracking import write_predictions
     from engine.runtime.peak_memory import measured_peak
     from engine.runtime.process import start
-    from engine.training.evaluation import Split, evaluate
 
     data = recipe.data
     with start(recipe) as runtime:

@@ -2,7 +2,7 @@
 
 Rooms: `setup` (a recipe becomes a job), `job` (the parts of a run, and what happens between two updates), `state`
 (windows, updates, counters), `optim` (optimizer and schedule), `nonfinite` (NaN and overflow), `unused` (weights that no
-gradient reaches), `distribution` (how ranks hold the model), `memory` and `batch_size` (what fits), `evaluation` (scores of
-a split), `extras` (metrics and callbacks of the user's), `progress` (what people watch), `finish` (final model and results),
-`blueprint` (a model without weights, for dry runs).
+gradient reaches), `distribution` (how ranks hold the model), `memory` and `batch_size` (what fits), `profiling` (where the
+time goes), `progress` (what people watch), `finish` (final model and results), `blueprint` (a model without weights, for dry
+runs).
 """

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.data.feature_cache import FeatureCache
 from engine.errors import EngineError
+from engine.evaluation import evaluate
 from engine.models import weights
 from engine.prediction import export
 from engine.prediction.card import card
@@ -26,7 +27,6 @@ from engine.runtime.faults import blaming
 from engine.runtime.lock import taking_turns
 from engine.runtime.run_status import STATUS
 from engine.scoring import floors
-from engine.training import evaluation
 
 if TYPE_CHECKING:
     from engine.data.rows import Example
@@ -88,9 +88,9 @@ def _predict_test(job: Job, test: list[Example], checkpoint: Path, step: int) ->
         return {}
     weights.load_weights(job.bundle.model, checkpoint)
     cache = FeatureCache(job.bundle.text_encoder(), keep=job.recipe.data.cache)
-    split = evaluation.Split.of("test", test, cache)
+    split = evaluate.Split.of("test", test, cache)
     job.progress.evaluating(step, split.name, len(test))
-    result = evaluation.evaluate(
+    result = evaluate.evaluate(
         job.bundle, split, job.runtime, job.recipe.evaluation, job.summarizer, job.extras.metrics
     )
     for problem in result.problems:
@@ -156,7 +156,7 @@ def _data(job: Job, test: list[Example]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, examples in (("train", job.examples), ("dev", scored), ("test", test)):
         found[f"{name}_rows"] = len(examples)
-        found[f"{name}_sha256"] = rows_sha256(evaluation.reference_rows(examples)) if examples else None
+        found[f"{name}_sha256"] = rows_sha256(evaluate.reference_rows(examples)) if examples else None
     return found
 
 

@@ -18,6 +18,8 @@ from engine.checkpoints.spool import Spool
 from engine.checkpoints.state_files import check_alike
 from engine.checkpoints.store import EngineState
 from engine.data.collate import IGNORE_INDEX
+from engine.evaluation import evaluate
+from engine.evaluation.extras import Extras
 from engine.loss.cross_entropy import supervised_positions
 from engine.models import sharding
 from engine.models.bundle import save_model
@@ -28,8 +30,7 @@ from engine.runtime import signals
 from engine.runtime.ahead import Ahead
 from engine.runtime.peak_memory import measured_peak
 from engine.scoring import extra, floors
-from engine.training import evaluation, nonfinite, optim
-from engine.training.extras import Extras
+from engine.training import nonfinite, optim
 from engine.training.progress import Progress, Schedule
 from engine.training.state import TrainerState, Update, Window
 
@@ -94,7 +95,7 @@ class Job:
     bundle: ModelBundle
     learner: Learner
     rows: TrainingRows
-    dev: evaluation.Split | None
+    dev: evaluate.Split | None
     summarizer: Summarizer | None
     store: CheckpointStore
     tracker: Tracker
@@ -237,9 +238,7 @@ class Job:
         """Score the dev split, remember whether it is the best so far, count towards early stopping."""
         state, settings = self.state, self.recipe.evaluation
         self.progress.evaluating(state.step, self.dev.name, len(self.dev.examples))
-        result = evaluation.evaluate(
-            self.bundle, self.dev, self.runtime, settings, self.summarizer, self.extras.metrics
-        )
+        result = evaluate.evaluate(self.bundle, self.dev, self.runtime, settings, self.summarizer, self.extras.metrics)
         state.evaluation_seconds += result.metrics["seconds"]
         self.progress.evaluated(len(self.dev.examples), result.metrics["seconds"])
         for problem in result.problems:
@@ -269,7 +268,7 @@ class Job:
             state.stop_reason = f"no better {metric} in {patience} evaluations"
             log.info("stopping early at step %d: %s", state.step, state.stop_reason)
 
-    def _log_evaluation(self, result: evaluation.Scores) -> None:
+    def _log_evaluation(self, result: evaluate.Scores) -> None:
         row = {"split": self.dev.name, "step": self.state.step, "epoch": self.epoch} | result.metrics
         scored = self.runtime.is_main and result.rows
         row |= floors.keys_of(self.floors) if scored else {}

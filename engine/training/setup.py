@@ -13,6 +13,8 @@ from engine.checkpoints.identity import identity_of
 from engine.checkpoints.store import CheckpointStore, refusing
 from engine.data import encode, rows
 from engine.data.feature_cache import FeatureCache
+from engine.evaluation.evaluate import NO_METRICS, Split, try_metrics, try_scoring
+from engine.evaluation.extras import Extras
 from engine.models import adapters, sharding, tokenization, weights
 from engine.models.build import build_model
 from engine.prediction.summarizer import Summarizer
@@ -22,8 +24,6 @@ from engine.runtime.atomic import write_text_atomically
 from engine.training import distribution, memory, optim, unused
 from engine.training.batch_size import plan_line, window_sampler, with_fitting_batch
 from engine.training.blueprint import blueprint
-from engine.training.evaluation import NO_METRICS, Split, try_metrics, try_scoring
-from engine.training.extras import Extras
 from engine.training.job import Job, Learner, TrainingRows
 from engine.training.profiling import ProfiledJob
 from engine.training.state import TrainerState

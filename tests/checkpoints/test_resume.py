@@ -114,17 +114,17 @@ def test_the_best_survives_a_resume_and_a_worse_evaluation(tmp_path, recipe, mon
     """Best value, patience and history come from the checkpoint."""
     import json
 
-    from engine.training import evaluation as training_evaluation
+    from engine.evaluation import evaluate as evaluating
 
     scores = {1: 5.0, 2: 3.0, 3: 4.0, 4: 4.5, 5: 3.5, 6: 3.2}
-    evaluate = training_evaluation.evaluate
+    evaluate = evaluating.evaluate
 
     def scripted(bundle, split, runtime, *settings):
         found = evaluate(bundle, split, runtime, *settings)
         found.metrics["loss"] = scores[runtime.status.step + 1]
         return found
 
-    monkeypatch.setattr(training_evaluation, "evaluate", scripted)
+    monkeypatch.setattr(evaluating, "evaluate", scripted)
     choice = ["evaluation.strategy=steps", "evaluation.steps=1", "checkpoint.save_total_limit=1"]
     with monkeypatch.context() as patch:
         interrupt_at(patch, 3)

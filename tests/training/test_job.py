@@ -12,9 +12,10 @@ import torch
 from engine.data.collate import IGNORE_INDEX, collate_causal
 from engine.data.encode import Feature
 from engine.data.windows import WindowSampler
+from engine.evaluation import evaluate
 from engine.recipe.schema import Recipe
 from engine.runtime.ahead import Ahead
-from engine.training import evaluation, optim
+from engine.training import optim
 from engine.training.job import Job, Learner, TrainingRows
 from engine.training.state import TrainerState, Update
 
@@ -124,10 +125,10 @@ def test_the_best_evaluation(monkeypatch, metric, values, best):
     job = job_of(evaluation={"metric": metric})
     job.dev, job.runtime.is_main = SimpleNamespace(name="dev", examples=[1]), False
     for step, value in enumerate(values, start=1):
-        scores = evaluation.Scores({"loss": 1.0, "seconds": 0.5} | {metric: value}, [])
+        scores = evaluate.Scores({"loss": 1.0, "seconds": 0.5} | {metric: value}, [])
         if value is None:
             del scores.metrics[metric]
-        monkeypatch.setattr(evaluation, "evaluate", lambda *arguments, scores=scores: scores)
+        monkeypatch.setattr(evaluate, "evaluate", lambda *arguments, scores=scores: scores)
         monkeypatch.setattr("engine.training.nonfinite.check_evaluation", lambda *arguments: None)
         monkeypatch.setattr(job, "_log_evaluation", lambda scores: None)
         job.state.step = step

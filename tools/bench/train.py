@@ -40,7 +40,6 @@ sys.path[:0] = [str(ROOT), str(HERE)]
 
 import made_up  # noqa: E402
 from shapes import values_of  # noqa: E402
-
 from traffic import Traffic  # noqa: E402
 
 if TYPE_CHECKING:

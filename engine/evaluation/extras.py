@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from engine.errors import EngineError
+from engine.evaluation.evaluate import same_random_state
 from engine.models import hub
 from engine.models.tokenization import load_tokenizer
 from engine.models.weights import quiet_transformers
@@ -17,7 +18,6 @@ from engine.reporting.callbacks import Callbacks
 from engine.runtime.installed import installed
 from engine.scoring import extra
 from engine.scoring.bertscore import BertScore
-from engine.training.evaluation import same_random_state
 
 if TYPE_CHECKING:
     from engine.recipe.schema import Evaluation, Recipe

@@ -9,9 +9,9 @@ import tiny
 import torch
 
 from engine.data.rows import Example
+from engine.evaluation import evaluate
+from engine.evaluation.evaluate import Split
 from engine.recipe.schema import Evaluation
-from engine.training import evaluation
-from engine.training.evaluation import Split
 
 FEATURES = SimpleNamespace(
     prompts=lambda examples: [("prompt", index) for index in range(len(examples))],
@@ -61,10 +61,10 @@ def test_mode_and_random_streams_are_left_as_found(monkeypatch, fails):
             raise RuntimeError("out of memory")
         return 2.5
 
-    monkeypatch.setattr(evaluation, "evaluation_loss", loss)
+    monkeypatch.setattr(evaluate, "evaluation_loss", loss)
     before, modes = torch.get_rng_state(), [module.training for module in bundle.model.modules()]
     try:
-        scores = evaluation.evaluate(bundle, Split("dev", rows(1), [None], [None]), Alone(), Evaluation(), None)
+        scores = evaluate.evaluate(bundle, Split("dev", rows(1), [None], [None]), Alone(), Evaluation(), None)
         assert scores.metrics["loss"] == 2.5 and not fails
     except RuntimeError:
         assert fails
@@ -78,5 +78,5 @@ def test_the_loss_is_the_mean_over_all_supervised_tokens(batch_size):
     targets = [SimpleNamespace(length=9, row=i) for i in range(3)]
     collate = lambda features: {name: value[[f.row for f in features]] for name, value in whole.items()}  # noqa: E731
     with torch.no_grad():
-        found = evaluation.evaluation_loss(SimpleNamespace(model=model, collate=collate), targets, Alone(), batch_size)
+        found = evaluate.evaluation_loss(SimpleNamespace(model=model, collate=collate), targets, Alone(), batch_size)
         assert found == pytest.approx(model(**whole).loss.item(), rel=1e-5)
