@@ -2,7 +2,8 @@
 
 python tests/measured_ranks.py FOLDER [whole]       (`whole`: every rank builds all of it, nothing is spooled)
 
-Counted is anonymous memory, in MiB above what was held before: pages of mapped files can be dropped at any time.
+Counted is anonymous memory, in MiB above what was held before: pages of mapped files can be dropped at any time. Run it under
+MALLOC_MMAP_THRESHOLD_=65536: by default glibc keeps what is freed in pieces of less than 32 MiB, which real layers exceed.
 """
 
 from __future__ import annotations

@@ -27,6 +27,13 @@ import traffic
 import train
 
 CONTENDERS = [("ours", 1), ("trainer", 1), ("ours", 2), ("ours, fsdp", 2), ("trainer", 2)]
+PAIRS = [
+    ("ours x 1", "trainer x 1"),
+    ("ours x 2", "trainer x 2"),
+    ("ours, fsdp x 2", "trainer x 2"),
+    ("ours x 2", "ours x 1"),
+    ("ours, fsdp x 2", "ours x 2"),
+]
 PARAMETERS = {"KoBART": 123_859_968, "Llama-3.2-3B": 3_212_749_824}
 RANKS = (8, 16, 32, 64)
 ASSUMED = {
@@ -41,6 +48,15 @@ ASSUMED = {
 def measured(options: argparse.Namespace, name: str, ranks: int, model: Path) -> dict[str, float]:
     print(f"{name}, {ranks} ranks", file=sys.stderr, flush=True)
     return train.measured(argparse.Namespace(**vars(options) | {"ranks": ranks}), name, model)
+
+
+def compared(rounds: list[dict[str, dict[str, float]]]) -> dict[str, Any]:
+    medians = {
+        name: {key: statistics.median(one[name][key] for one in rounds) for key in first}
+        for name, first in rounds[0].items()
+    }
+    rates = {name: value["real_tokens_per_second"] for name, value in medians.items()}
+    return {"medians": medians, "ratios": {f"{one} / {other}": rates[one] / rates[other] for one, other in PAIRS}}
 
 
 def on_paper(volumes: dict[str, dict[str, float]], parameters: int) -> dict[str, Any]:
@@ -59,7 +75,7 @@ def main() -> int:
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder of a tokenizer of at most 30,000 tokens")
     parser.add_argument("--source", type=int, default=512, help="most tokens of a dialogue")
     parser.add_argument("--updates", type=int, default=6)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="0: count and estimate only")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     options.data, options.shape, options.precision = options.data.resolve(), "bart", "fp32"
@@ -72,11 +88,6 @@ def main() -> int:
             rounds.append(one)
         volumes = {name: measured(options, f"{name}, counted", 2, model) for name in ("ours", "ours, fsdp")}
         parameters = sum(train.sizes_of(model))
-    medians = {
-        name: {key: statistics.median(one[name][key] for one in rounds) for key in rounds[0][name]}
-        for name in rounds[0]
-    }
-    rates = {name: value["real_tokens_per_second"] for name, value in medians.items()}
     record = {
         "shape": options.shape,
         "parameters": parameters,
@@ -84,14 +95,7 @@ def main() -> int:
         "updates": options.updates,
         "rounds": options.rounds,
         "processors": os.cpu_count(),
-        "medians": medians,
-        "ratios": {
-            "ours x 2 / trainer x 2": rates["ours x 2"] / rates["trainer x 2"],
-            "ours, fsdp x 2 / trainer x 2": rates["ours, fsdp x 2"] / rates["trainer x 2"],
-            "ours x 1 / trainer x 1": rates["ours x 1"] / rates["trainer x 1"],
-            "ours x 2 / ours x 1": rates["ours x 2"] / rates["ours x 1"],
-            "ours, fsdp x 2 / ours x 2": rates["ours, fsdp x 2"] / rates["ours x 2"],
-        },
+        **(compared(rounds) if rounds else {}),
         "collectives_of_an_update": volumes,
         "estimate": {"measured": False, "assumed": ASSUMED, "gpus": on_paper(volumes, parameters)},
         "versions": {name: version(name) for name in ("torch", "transformers", "accelerate")}
