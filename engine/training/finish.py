@@ -53,8 +53,8 @@ def write_results(job: Job, test: list[Example]) -> dict[str, Any]:
     with job.runtime.ranks.together("writing results"):
         if job.runtime.is_main:
             append_result(Path(job.recipe.experiment.output_root) / "results.csv", _row(record, job.recipe))
-            write_text_atomically(job.run_dir / "final_model" / "README.md", card(job.recipe, job.bundle, record))
             write_json_atomically(job.run_dir / "results.json", record)
+            write_text_atomically(job.run_dir / "final_model" / "README.md", card(job.recipe, job.bundle, record))
     tell_results(record, job.run_dir, job.recipe)
     job.callbacks.call("on_end", record, job.state.step)
     job.end_if_failed("the results are written")
