@@ -81,8 +81,9 @@ def usage() -> str:
 def load(command: str) -> ModuleType:
     """The command's module, as if its file had been started: its own name in its help, its neighbours importable."""
     file = scripts()[command]
-    sys.path.insert(0, str(TOOLS))
-    module = import_module(f"engine.{file.stem}" if file.parent.name == "engine" else file.stem)
+    if file.parent == TOOLS:
+        sys.path.insert(0, str(TOOLS))
+    module = import_module(file.stem if file.parent == TOOLS else f"engine.{file.stem}")
     for name in scripts():  # its help speaks of scripts, also of others
         script = _SCRIPTS[name] if "/" in _SCRIPTS[name] else f"tools/{_SCRIPTS[name]}"
         module.__doc__ = (module.__doc__ or "").replace(f"python {script}", f"kodialogue {name}")
