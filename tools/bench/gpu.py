@@ -224,7 +224,8 @@ def run_parts(
         output.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         told = [found.get("reason"), *(f"{goal}: {reached}" for goal, reached in found.get("goals", {}).items())]
         print(f"{part.name}: {found['status']}, {found['seconds']:.0f} s", *filter(None, told), sep="; ", flush=True)
-        print("\n".join(found.get("log", [])), end="", flush=True)
+        for line in found.get("log", []):
+            print(f"    {line}", flush=True)
     return all(found["status"] in ("passed", "skipped") for found in result["parts"].values())
 
 
