@@ -89,7 +89,7 @@ def test_an_update_moves_weights_and_schedule():
 
 
 class Waits(TorchDispatchMode):
-    """Operators for whose result a GPU would be waited for."""
+    """Operators whose result has a shape that only the device knows: the host waits for it."""
 
     def __init__(self):
         super().__init__()
@@ -97,13 +97,13 @@ class Waits(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, arguments=(), settings=None):
         name = function.overloadpacket.__name__
-        if name in ("nonzero", "_local_scalar_dense", "is_nonzero", "equal", "masked_select", "_unique2"):
+        if name in ("nonzero", "masked_select", "_unique2", "repeat_interleave"):
             self.names.append(name)
         return function(*arguments, **(settings or {}))
 
 
-def test_an_update_waits_for_the_device_only_to_read_loss_and_norm():
-    """`tolist` is that read; it is no operator here. The places of the labels come with the batch."""
+def test_no_shape_of_an_update_waits_for_the_device():
+    """The places of the labels come with the batch."""
     parts = Parts()
     parts.step()  # the first one also tries the head
     window = parts.window()
