@@ -34,16 +34,17 @@ class BertScore:
     @torch.no_grad()
     def __call__(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[float]:
         texts = list(dict.fromkeys([*predictions, *(text for row in references for text in row)]))
-        self.model.to(self.device)
-        try:
-            with torch.autocast(self.device.type, enabled=False):
+        # In full precision, whatever an evaluation computes in.
+        with torch.autocast(self.device.type, enabled=False):
+            self.model.to(self.device)
+            try:
                 vectors = dict(zip(texts, self._vectors(texts), strict=True))
-        finally:
-            self.model.to("cpu")
-        return [
-            max(100 * f1(*vectors[prediction], *vectors[reference]) for reference in row)
-            for prediction, row in zip(predictions, references, strict=True)
-        ]
+            finally:
+                self.model.to("cpu")
+            return [
+                max(100 * f1(*vectors[prediction], *vectors[reference]) for reference in row)
+                for prediction, row in zip(predictions, references, strict=True)
+            ]
 
     def _vectors(self, texts: list[str]) -> list[tuple[Tensor, Tensor]]:
         """Of each text its unit vectors (tokens, width), and which of its tokens count (tokens,)."""
