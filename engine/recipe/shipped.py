@@ -23,7 +23,7 @@ def find(path: Path, name: str = "") -> Path:
     Args:
         name: what the user wrote, where `path` was made from it: `base/seq2seq.yaml` in somebody's folder.
     """
-    name = (name or str(path)).removeprefix("recipes/")
+    name = name or str(path).removeprefix("recipes/")
     shipped = RECIPES / (name if name.endswith(".yaml") else f"{name}.yaml")
     return shipped if not os.path.isfile(path) and os.path.isfile(shipped) else path
 
