@@ -308,11 +308,8 @@ def contend(options: argparse.Namespace) -> None:
     counted = options.contender.endswith(", counted")
     meter = Meter(traffic=Traffic() if counted else None)
     runners = {"ours": run_ours, "trainer": run_trainer, "trl": run_trl}
-    with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
-        (work / "model").symlink_to(options.model)
-        with meter.traffic or nullcontext():
-            runners[options.contender.partition(",")[0]](options, work, meter)
+    with meter.traffic or nullcontext():
+        runners[options.contender.partition(",")[0]](options, options.work, meter)
     if int(os.environ.get("RANK", "0")) == 0:
         print("RESULT", json.dumps(meter.result()), flush=True)
 
@@ -340,10 +337,10 @@ def measured(options: argparse.Namespace, contender: str, model: Path) -> dict[s
         options.precision,
         "--contender",
         contender,
-        "--model",
-        str(model),
     ]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    with tempfile.TemporaryDirectory() as work:  # one for all ranks
+        (Path(work) / "model").symlink_to(model)
+        done = subprocess.run([*command, "--work", work], env=environment, capture_output=True, text=True, check=False)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if done.returncode or not lines:
         sys.exit(f"{contender} failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
@@ -364,7 +361,7 @@ def main() -> int:
     parser.add_argument("--contenders", nargs="+", help="some of the shape's, the one to compare with first")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--contender", help=argparse.SUPPRESS)
-    parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.contender:
         contend(options)
