@@ -118,9 +118,8 @@ def prepare(
         tracker = Tracker(folder.path, runtime.accelerator, recipe, logged_until)
         trained_on = TrainingRows(splits.train, features, sampler)
         kind = ProfiledJob if recipe.runtime.profile and runtime.is_main else Job
-        job = kind(
-            recipe, runtime, bundle, learner, trained_on, dev, summarizer, store, tracker, state, len(splits.test)
-        )
+        parts = (bundle, learner, trained_on, dev, summarizer, store, tracker, state)
+        job = kind(recipe, runtime, *parts, test_rows=len(splits.test))
         if random_state is not None:
             with refusing(found):
                 runtime.restore_random_state(random_state)  # last: nothing from here to the first update may draw
