@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Fused AdamW beside torch's default one, and bf16 beside fp32: step and whole update, in turns on one model.
 
-    python tools/bench/optim.py [--shapes bart kobart] [--rounds N] [--output FILE.json]
+    python tools/bench/optim.py [--shapes bart kobart] [--ways unfused fused "fused, bf16"] [--rounds N] [--output FILE.json]
 
 `bart` is 3 + 3 layers of width 256, updates of 16 rows; `kobart` has KoBART's 6 + 6 layers of width 768, updates of 4. Weights
 and tokens are random. A round is one update in each way, in changing order; times are medians over rounds: wall time on a GPU,
@@ -99,17 +99,18 @@ def measure(shape: str, options: argparse.Namespace) -> dict[str, Any]:
     optimizers = {
         way: optim.build_optimizer(optim.parameter_groups(model, 0.01), Training(), device, fused=fused)
         for way, (fused, _) in WAYS.items()
+        if way in options.ways
     }
     for way, optimizer in optimizers.items():  # the first step makes the moments
         update(model, batch, optimizer, WAYS[way][1])
-    seconds: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+    seconds: dict[str, list[dict[str, float]]] = {way: [] for way in optimizers}
     for turn in range(options.rounds):
-        for way in list(WAYS)[:: -1 if turn % 2 else 1]:
+        for way in list(optimizers)[:: -1 if turn % 2 else 1]:
             seconds[way].append(update(model, batch, optimizers[way], WAYS[way][1]))
     result: dict[str, Any] = {"parameters": sum(parameter.numel() for parameter in model.parameters())}
     for part in ("step", "update"):
         medians = {way: statistics.median(one[part] for one in values) for way, values in seconds.items()}
-        ratios = {f"{before} / {way}": medians[before] / medians[way] for before, way in pairwise(WAYS)}
+        ratios = {f"{before} / {way}": medians[before] / medians[way] for before, way in pairwise(optimizers)}
         result[part] = {"median_seconds": medians, "ratios": ratios}
     return result | {"all_seconds": seconds}
 
@@ -119,6 +120,7 @@ def main() -> int:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--output", type=Path, help="write the result as JSON")
     options = parser.parse_args()
