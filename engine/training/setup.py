@@ -103,8 +103,9 @@ def prepare(
     learner = _learner(recipe, runtime, bundle, model, sampler.updates_per_epoch)
     summarizer = None
     if recipe.evaluation.generate:
-        batch_size = recipe.evaluation.per_device_eval_batch_size
-        summarizer = Summarizer(bundle, encoder, recipe.generation, batch_size=batch_size)
+        summarizer = Summarizer(
+            bundle, encoder, recipe.generation, batch_size=recipe.evaluation.per_device_eval_batch_size
+        )
 
     with _store(recipe, runtime, folder.path, bundle, splits, allow_change) as store:
         # A checkpoint fills parts that must exist, and is only taken where their identity is the one it was saved under.
