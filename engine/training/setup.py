@@ -101,11 +101,7 @@ def prepare(
 
     runtime.seed_ranks(recipe.training.seed)  # dropout may differ from rank to rank, now that the weights are drawn
     learner = _learner(recipe, runtime, bundle, model, sampler.updates_per_epoch)
-    summarizer = None
-    if recipe.evaluation.generate:
-        summarizer = Summarizer(
-            bundle, encoder, recipe.generation, batch_size=recipe.evaluation.per_device_eval_batch_size
-        )
+    summarizer = _summarizer(recipe, bundle, encoder) if recipe.evaluation.generate else None
 
     with _store(recipe, runtime, folder.path, bundle, splits, allow_change) as store:
         # A checkpoint fills parts that must exist, and is only taken where their identity is the one it was saved under.
@@ -155,6 +151,11 @@ def _learner(
     optimizer = optim.build_optimizer(parameter_groups(recipe, bundle), recipe.training, runtime.device)
     total = optim.total_updates(recipe.training, updates_per_epoch)
     return Learner(model, optimizer, optim.build_schedule(optimizer, recipe.training, total), runtime.scaler())
+
+
+def _summarizer(recipe: Recipe, bundle: ModelBundle, encoder: TextEncoder) -> Summarizer:
+    batch_size = recipe.evaluation.per_device_eval_batch_size
+    return Summarizer(bundle, encoder, recipe.generation, batch_size=batch_size)
 
 
 def parameter_groups(recipe: Recipe, bundle: ModelBundle) -> list[dict[str, Any]]:
