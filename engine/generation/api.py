@@ -1,7 +1,8 @@
 """`generate` for one batch of tensors, `generate_all` for prompts of any lengths, `generate_batch` for a planned batch.
 
 Where our own search runs, an example alone and in any batch has the same result in exact arithmetic. In float32, sums are
-rounded differently in other company, so where two hypotheses tie to the last digits the other one may win. What is handed
+rounded differently in other company, so where two hypotheses tie to the last digits the other one may win. A
+model that writes its own padding token is another matter: transformers' n-gram rule counts padding. What is handed
 back to transformers (see `fallback`) keeps what `generate` promises, which for some positions depends on the batch.
 
 Shapes: B examples, S prompt or source tokens, K beams, R returned sequences per example, T most new tokens,
