@@ -126,7 +126,9 @@ def in_any_batch(model, draw: random.Random, new_tokens: int) -> str:
     prompts = [[draw.randrange(6, VOCABULARY) for _ in range(draw.randint(1, 12))] for _ in range(5)]
     values = drawn_settings(draw, new_tokens) | {"num_return_sequences": 1}
     # transformers' n-gram rule counts the padding before a prompt, which shows where a model writes padding itself.
-    values |= {"suppress_tokens": [model.generation_config.pad_token_id or 0]} if "no_repeat_ngram_size" in values else {}
+    values |= (
+        {"suppress_tokens": [model.generation_config.pad_token_id or 0]} if "no_repeat_ngram_size" in values else {}
+    )
     try:
         first = torch.tensor([prompts[0]])
         ends = ends_of(model, {"input_ids": first, "attention_mask": torch.ones_like(first)}, draw, new_tokens)
