@@ -2,13 +2,14 @@
 """Summaries for dialogues that have none, by a trained model, kept where the model is sure of them.
 
     python tools/pseudo_label.py RUN --input unlabelled.csv --output pseudo.csv --keep-share 0.5
-    python tools/pseudo_label.py RUN --input unlabelled.csv --output pseudo.csv --min-confidence 0.6 generation.num_beams=8
+    python tools/pseudo_label.py RUN --input unlabelled.csv --output pseudo.csv --min-confidence 0.5 generation.num_beams=8
     python tools/pseudo_label.py RUN --input dev.csv --check
 
 How sure it is comes from the n-best list of its beam search: `score`, the geometric mean of the probabilities of the best
 summary's tokens; `agreement`, the mean ROUGE of the best with the other hypotheses, as a share; `confidence`, the
-geometric mean of these two; `margin`, by how much the search ranks the best above the second. --by chooses what is
-filtered by. --check decodes rows that have summaries and shows, writing nothing, what each measure is worth on them.
+geometric mean of these two; `margin`, by how much the search ranks the best above the second. --by chooses which of
+them --min-confidence and --keep-share mean: the score, unless --check, which writes nothing and decodes rows that have
+summaries, shows that another one is worth more.
 
 Left out, and counted: dialogues of the run's train, dev and test files and of --exclude, dialogues met before, summaries
 that are empty or reached the length limit. The columns model, step, score, margin, agreement and confidence say where a

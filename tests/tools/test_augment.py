@@ -182,18 +182,19 @@ def test_rewriting_by_model_folders(tmp_path, monkeypatch):
     """Two models one after the other, under their own prompts; what random weights write fits no turn, and all stays."""
     from engine.data.encode import TextEncoder
 
-    seen: set[str] = set()
-    monkeypatch.setattr(
-        TextEncoder,
-        "prompt_feature",
-        lambda self, row, index, real=TextEncoder.prompt_feature: (
-            seen.add(self.settings.prefix) or real(self, row, index)
-        ),
-    )
+    seen: set[tuple[str, str]] = set()
+    real = TextEncoder.prompt_feature
+
+    def watched(self, row, index):
+        seen.add((self.settings.prefix, row.dialogue))
+        return real(self, row, index)
+
+    monkeypatch.setattr(TextEncoder, "prompt_feature", watched)
     folders = [str(tiny.save("bart", tmp_path / name, seed=seed)) for seed, name in enumerate("ab")]
     source = tiny.write_rows(tmp_path / "rows.jsonl", 2)
     arguments = [str(source), "--output", str(tmp_path / "new.csv"), "--methods", "rewrite", "speakers", "--model"]
     prompts = ["--prompt", "영어로: ", "한국어로: ", "--device", "cpu"]
     assert augment.main([*arguments, *folders, *prompts, "generation.max_new_tokens=4", "generation.num_beams=1"]) == 0
-    assert seen == {"영어로: ", "한국어로: "}
+    assert {prefix for prefix, said in seen if said in "0번입니다. 1번입니다.".split()} == {"영어로: "}
+    assert "한국어로: " in {prefix for prefix, _ in seen}
     assert {row["method"] for row in rows_of(tmp_path / "new.csv")} >= {"speakers"}
