@@ -46,12 +46,26 @@ def choose_precision(wanted: str, device: str, emulate: bool) -> str:
     has_bf16 = device != "cpu" and torch.cuda.is_bf16_supported(including_emulation=False)
     if wanted == "auto":
         return "bf16" if has_bf16 else "fp32"
+    if wanted == "bf16" and device == "cpu" and not _cpu_has_bf16():
+        log.warning(
+            "training.precision is bf16, for which this CPU has no instructions: updates take many times as long"
+        )
     if wanted == "bf16" and device != "cpu" and not has_bf16:
         raise EngineError("E2.43", "this GPU has no bf16", "precision", "use fp16 or fp32")
     if wanted == "fp16" and device == "cpu" and not emulate:
         what = "fp16 needs a GPU: on the CPU it would be slower than fp32 and no smaller"
         raise EngineError("E2.44", what, "precision", "use fp32 or bf16")
     return wanted
+
+
+def _cpu_has_bf16() -> bool:
+    """Whether the CPU multiplies bf16 itself (x86 by AVX-512 or AMX, ARM); yes where this torch cannot tell."""
+    import torch
+
+    if not hasattr(torch.cpu, "get_capabilities"):
+        return True
+    known = torch.cpu.get_capabilities()
+    return any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def build_accelerator(device: str, timeout: int, *, host_too: bool = False) -> Accelerator:

@@ -29,6 +29,16 @@ def test_a_missing_gpu_is_a_warning(monkeypatch, caplog):
         device.choose_device("cuda:0")
 
 
+@pytest.mark.parametrize(("capabilities", "told"), [({"avx2": True, "avx512_bf16": False}, 1), ({"amx_bf16": True}, 0)])
+def test_bf16_is_slow_on_a_cpu_without_it(monkeypatch, caplog, capabilities, told):
+    import torch
+
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    with caplog.at_level(logging.WARNING, logger="engine"):
+        assert device.choose_precision("bf16", "cpu", False) == "bf16"
+    assert caplog.text.count("has no instructions") == told
+
+
 def test_precision_is_resolved(monkeypatch):
     import torch
 
