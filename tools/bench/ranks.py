@@ -34,7 +34,8 @@ PAIRS = [
     ("ours x 2", "ours x 1"),
     ("ours, fsdp x 2", "ours x 2"),
 ]
-PARAMETERS = {"KoBART": 123_859_968, "Llama-3.2-3B": 3_212_749_824}
+# All, and those outside the layers: a sharded model gathers the layers' twice an update, forward and backward, the others once.
+PARAMETERS = {"KoBART": (123_859_968, 24_622_080), "Llama-3.2-3B": (3_212_749_824, 394_005_504)}
 RANKS = (8, 16, 32, 64)
 ASSUMED = {
     "form": "ring collectives, float32, one micro-batch an update, full fine-tuning, nothing overlaps with work",
@@ -59,14 +60,16 @@ def compared(rounds: list[dict[str, dict[str, float]]]) -> dict[str, Any]:
     return {"medians": medians, "ratios": {f"{one} / {other}": rates[one] / rates[other] for one, other in PAIRS}}
 
 
-def on_paper(volumes: dict[str, dict[str, float]], parameters: int) -> dict[str, Any]:
-    return {
-        name: {
-            model: {ranks: traffic.estimate(volume, count / parameters, ranks) for ranks in RANKS}
-            for model, count in PARAMETERS.items()
-        }
-        for name, volume in volumes.items()
-    }
+def on_paper(volume: dict[str, float], sizes: dict[str, int]) -> dict[str, Any]:
+    """The measured volume of an update, taken to larger models and more GPUs."""
+    own, outside = sum(sizes.values()), sum(size for name, size in sizes.items() if ".layers." not in name)
+    estimates: dict[str, Any] = {}
+    for model, (total, beside) in PARAMETERS.items():
+        scaled = {name: count * total / own for name, count in volume.items() if name.endswith("_bytes")}
+        if "all_gather_bytes" in volume:
+            scaled["all_gather_bytes"] = volume["all_gather_bytes"] * (2 * total - beside) / (2 * own - outside)
+        estimates[model] = {ranks: traffic.estimate(volume | scaled, ranks) for ranks in RANKS}
+    return estimates
 
 
 def main() -> int:
@@ -82,31 +85,39 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder)
         train.write_model(options.shape, options.tokenizer, model)
-        rounds = []
+        volumes = {name: measured(options, f"{name}, counted", 2, model) for name in ("ours", "ours, fsdp")}
+        record = described(options, volumes, train.sizes_of(model))
         for _ in range(options.rounds):
             one = {f"{name} x {ranks}": measured(options, name, ranks, model) for name, ranks in CONTENDERS}
-            rounds.append(one)
-        volumes = {name: measured(options, f"{name}, counted", 2, model) for name in ("ours", "ours, fsdp")}
-        parameters = sum(train.sizes_of(model))
-    record = {
+            record["all_rounds"].append(one)
+            written(record | compared(record["all_rounds"]), options.output)
+    if options.rounds == 0:
+        written(record, options.output)
+    return 0
+
+
+def described(options: argparse.Namespace, volumes: dict[str, Any], sizes: dict[str, int]) -> dict[str, Any]:
+    return {
         "shape": options.shape,
-        "parameters": parameters,
+        "parameters": sum(sizes.values()),
         "source": options.source,
         "updates": options.updates,
-        "rounds": options.rounds,
         "processors": os.cpu_count(),
-        **(compared(rounds) if rounds else {}),
         "collectives_of_an_update": volumes,
-        "estimate": {"measured": False, "assumed": ASSUMED, "gpus": on_paper(volumes, parameters)},
+        "estimate": {"measured": False, "assumed": ASSUMED}
+        | {"gpus": {name: on_paper(volume, sizes) for name, volume in volumes.items()}},
         "versions": {name: version(name) for name in ("torch", "transformers", "accelerate")}
         | {"python": platform.python_version()},
-        "all_rounds": rounds,
+        "all_rounds": [],
     }
+
+
+def written(record: dict[str, Any], output: Path | None) -> None:
+    """After each round: what is measured so far is kept."""
     text = json.dumps(record, indent=2) + "\n"
-    if options.output:
-        options.output.write_text(text, encoding="utf-8")
-    print(text, end="")
-    return 0
+    if output:
+        output.write_text(text, encoding="utf-8")
+    print(text, end="", flush=True)
 
 
 if __name__ == "__main__":

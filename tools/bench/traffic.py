@@ -58,13 +58,13 @@ def per_rank(volume: dict[str, float], ranks: int) -> dict[str, float]:
     }
 
 
-def estimate(volume: dict[str, float], scale: float, ranks: int) -> dict[str, float]:
-    """Seconds of communication an update on `ranks` GPUs, for a model `scale` times as large, if nothing overlaps.
+def estimate(volume: dict[str, float], ranks: int) -> dict[str, float]:
+    """Seconds of communication an update of that volume on `ranks` GPUs, if nothing overlaps.
 
     The slowest link of the ring sets the pace. `update_seconds_for_90_percent` is how long an update's own work must take
     for nine tenths of the time to be work.
     """
     own = per_rank(volume, ranks)
     link = LINKS["within" if ranks <= NODE else "between"]
-    seconds = own["bytes"] * scale / link + own["hops"] * LATENCY
-    return {"gib_sent": own["bytes"] * scale / 2**30, "seconds": seconds, "update_seconds_for_90_percent": 9 * seconds}
+    seconds = own["bytes"] / link + own["hops"] * LATENCY
+    return {"gib_sent": own["bytes"] / 2**30, "seconds": seconds, "update_seconds_for_90_percent": 9 * seconds}

@@ -27,7 +27,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -144,13 +143,12 @@ def write_model(shape: str, tokenizer: Path, folder: Path, *, tiny: bool) -> Non
     AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
 
 
-def sizes_of(folder: Path) -> Iterator[int]:
-    """Numbers in each stored weight of a model folder."""
+def sizes_of(folder: Path) -> dict[str, int]:
+    """Numbers in each stored weight of a model folder, by name."""
     from safetensors import safe_open
 
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, "pt") as file:
-            yield from (math.prod(file.get_slice(name).get_shape()) for name in file.keys())
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        return {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}
 
 
 def recipe_of(options: argparse.Namespace, work: Path, batching: str) -> Any:
