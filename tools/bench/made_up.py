@@ -13,12 +13,12 @@ SOURCE = Path(__file__).resolve().parents[2] / "recipes" / "quickstart" / "train
 COLUMNS = ("fname", "dialogue", "summary")
 
 
-def write(folder: Path) -> tuple[Path, Path]:
-    """A CSV of pairs of dialogues with both their summaries, and the folder of a tokenizer trained on them."""
+def write(folder: Path, count: int | None = None) -> tuple[Path, Path]:
+    """A CSV of `count` pairs of dialogues (None: 2,000) with both their summaries, and the folder of a tokenizer of theirs."""
     from engine.data.vocabulary import train_tokenizer
 
     with SOURCE.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
+        rows = list(csv.DictReader(file))[:count]
     pairs = zip(rows, itertools.islice(itertools.cycle(rows), 7, None), strict=False)  # as many pairs as dialogues
     joined = [{name: f"{one[name]}\n{other[name]}" for name in COLUMNS} for one, other in pairs]
     path = folder / "dialogues.csv"

@@ -151,6 +151,11 @@ def sizes_of(folder: Path) -> dict[str, int]:
         return {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}
 
 
+def rows_of(options: argparse.Namespace) -> int:
+    """Rows of a rank in an update."""
+    return (8 if options.tiny else SHAPES[options.shape]["rows"]) // options.ranks
+
+
 def recipe_of(options: argparse.Namespace, work: Path, batching: str) -> Any:
     from engine.recipe.schema import Recipe
 
@@ -164,7 +169,7 @@ def recipe_of(options: argparse.Namespace, work: Path, batching: str) -> Any:
         },
         prompt={"style": "chat" if options.shape == "qwen3" else "plain"},
         training={
-            "per_device_train_batch_size": SHAPES[options.shape]["rows"] // options.ranks, "max_steps": options.updates,
+            "per_device_train_batch_size": rows_of(options), "max_steps": options.updates,
             "precision": options.precision, "learning_rate": 1e-4, "logging_steps": 1,
         },
         evaluation={"strategy": "no"},
@@ -287,7 +292,7 @@ def arguments_of(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     return {
         "output_dir": str(work / "peer"),
         "max_steps": options.updates,
-        "per_device_train_batch_size": SHAPES[options.shape]["rows"] // options.ranks,
+        "per_device_train_batch_size": rows_of(options),
         "learning_rate": 1e-4,
         "logging_steps": 1,
         "save_strategy": "no",
@@ -333,6 +338,7 @@ def measured(options: argparse.Namespace, contender: str, model: Path) -> dict[s
         str(options.ranks),
         "--precision",
         options.precision,
+        *(["--tiny"] if options.tiny else []),
         "--contender",
         contender,
     ]
@@ -370,7 +376,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
         if options.data is None:
-            options.data, options.tokenizer = made_up.write(Path(folder))
+            options.data, options.tokenizer = made_up.write(Path(folder), 100 if options.tiny else None)
         options.data = options.data.resolve()
         write_model(options.shape, options.tokenizer, model, tiny=options.tiny)
         rounds = [{name: measured(options, name, model) for name in names} for _ in range(options.rounds)]
