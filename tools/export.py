@@ -132,8 +132,14 @@ def convert(plain: Path, output: Path, quantization: str | None) -> None:
     """CTranslate2's own converter. Raises: EngineError E4.71 for a class that it does not know, or another reason of its."""
     from ctranslate2.converters import TransformersConverter
 
+    from engine.runtime.atomic import read_json, write_json_atomically
     from engine.runtime.faults import blaming
 
+    config = read_json(plain / "config.json")
+    if (
+        config.get("model_type") == "bart"
+    ):  # an old name that the converter asks for; transformers' Bart has no other order
+        write_json_atomically(plain / "config.json", {"normalize_before": False} | config)
     advice = "export --format safetensors"
     with blaming("E4.71", "CTranslate2 cannot convert this model", plain, advice, safe=_SAFE):
         TransformersConverter(str(plain)).convert(str(output), quantization=quantization)
