@@ -173,7 +173,7 @@ def test_a_layout_without_content_is_the_same(tmp_path, family, sections):
     assert sharding.layout(hollow.model) != sharding.layout(whole.model)
 
 
-@pytest.mark.slow
+@pytest.mark.skipif("FULL_TESTS" not in os.environ, reason="minutes of measuring; set FULL_TESTS=1")
 def test_what_two_ranks_hold(tmp_path):
     """Beyond its part, only rank 0 ever holds the model whole, to build it; a save holds a tensor, and so does a resume."""
     command = [sys.executable, str(MEASURED), str(tmp_path)]

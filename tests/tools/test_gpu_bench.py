@@ -18,6 +18,8 @@ import gpu as bench  # noqa: E402
 FIGURES = "import json, pathlib; pathlib.Path(r'{out}/a.json').write_text(json.dumps({'x': {'y': 3.0}}))"
 HANGS = "import subprocess, time; p = subprocess.Popen(['sleep', '60']); open(r'{mark}', 'w').write(str(p.pid)); time.sleep(60)"
 
+FULL = pytest.mark.skipif("FULL_TESTS" not in os.environ, reason="minutes of benches; set FULL_TESTS=1")
+
 
 def part(name, code, seconds=20.0, **more):
     return bench.Part(name, seconds, ("-c", code), **more)
@@ -160,7 +162,13 @@ def test_wheels_that_cannot_be_used_are_told_and_stop_nothing(tmp_path, monkeypa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["KoBART trains", "KoBART decodes", "Qwen3-4B trains", "Qwen3-4B decodes"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(pytest.param(name, marks=FULL) for name in ("KoBART trains", "Qwen3-4B trains", "Qwen3-4B decodes")),
+        "KoBART decodes",
+    ],
+)
 def test_each_bench_runs_on_toys(tmp_path, name):
     """So that the first call on a GPU does not die of a typo; `tests of ...` run as tests, on a CPU by TEST_DEVICE=cpu."""
     output = tmp_path / "gpu.json"

@@ -190,7 +190,7 @@ def until_updated(run: Path, process: subprocess.Popen) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.slow
+@pytest.mark.skipif("FULL_TESTS" not in os.environ, reason="minutes of training; set FULL_TESTS=1")
 def test_stopped_and_killed_folds_go_on_to_the_same_predictions(tmp_path):
     """SIGTERM in the first fold, SIGKILL in the second; beside it, the one that is left alone."""
     changes = {"training__num_train_epochs": 30, "evaluation__strategy": "steps", "evaluation__steps": 45}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 import re
 from pathlib import Path
 
@@ -141,7 +142,7 @@ def test_a_killed_call_goes_on(place, monkeypatch, capsys):
     assert batches == [4, 4, 4, 12] and output.read_bytes() == (folder / "whole.csv").read_bytes()  # 12: the window
 
 
-@pytest.mark.slow
+@pytest.mark.skipif("FULL_TESTS" not in os.environ, reason="minutes of training; set FULL_TESTS=1")
 def test_confidence_goes_with_rouge(tmp_path, root, capsys, monkeypatch):
     """Two epochs of the quickstart: on its dev rows, what the model is surer of scores higher."""
     monkeypatch.chdir(root)
