@@ -100,8 +100,9 @@ def test_victims_keep_their_bytes(stopped, tmp_path):
         place = tmp_path / str(number)
         shutil.copytree(run, place / "run")
         put_link(place / "run" / name, place, kind)
-        with (place / "run" / "metrics.jsonl").open("ab") as metrics:  # makes the resume set the damaged file aside
-            metrics.write(b"chosen bytes\n") if name != "metrics.jsonl" else None
+        if name != "metrics.jsonl":
+            with (place / "run" / "metrics.jsonl").open("ab") as metrics:
+                metrics.write(b"chosen bytes\n")  # makes the resume set the damaged file aside
         try:
             runs.train(recipe, *OVERRIDES, f"experiment.output_dir={place / 'run'}", resume="auto")
         except EngineError as error:

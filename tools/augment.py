@@ -64,7 +64,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--recipe", metavar="RECIPE", help="its columns; its dev and test rows are held out")
     parser.add_argument("--dev", nargs="+", default=[], metavar="FILE", help="more files whose rows are held out")
     parser.add_argument("--keep-original", action="store_true", help="the input's own rows first")
-    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--seed", type=int, default=42, help="of what is drawn (default: 42)")
     parser.add_argument("--traceback", action="store_true", help="print a traceback for every error")
     options = parse_options(parser, arguments, ("data", "generation"))
     if options.copies < 1 or not 0.5 <= options.least < 1:

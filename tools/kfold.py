@@ -37,7 +37,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     from engine.recipe.flags import parse_options
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", metavar="RECIPE.yaml")
+    parser.add_argument("recipe", metavar="RECIPE.yaml", help="what each fold is trained by")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings of every fold")
     parser.add_argument("--folds", type=int, default=5, help="how many (default: 5)")
     parser.add_argument("--seed", type=int, default=42, help="of the division into folds (default: 42)")

@@ -106,7 +106,8 @@ class Tracker:
 
         trackers: list[Any] = []
         if "tensorboard" in recipe.tracking.report_to:
-            purge = None if resumed_step is None else resumed_step + 1
+            # A start that is marked too: TensorBoard takes the first mark for one, and forgets steps from the second on.
+            purge = 0 if resumed_step is None else resumed_step + 1
             trackers.append(TensorBoardTracker("", str(self.run_dir / "tensorboard"), purge_step=purge))
         if "wandb" in recipe.tracking.report_to:
             named = {"name": self.run_dir.name, "dir": str(self.run_dir), "resume": "allow", "id": self.run_dir.name}
