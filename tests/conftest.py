@@ -20,6 +20,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.envi
 os.environ.setdefault("MKL_NUM_THREADS", os.environ["OMP_NUM_THREADS"])
 
 import random
+import sys
 
 import pytest
 
@@ -71,6 +72,17 @@ def trained(tmp_path_factory):
     return folder, results
 
 
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    """A folder that modules are imported from, as an installed package's is."""
+    folder = tmp_path / "site"
+    folder.mkdir()
+    monkeypatch.syspath_prepend(str(folder))
+    yield folder
+    for path in folder.glob("*.py"):
+        sys.modules.pop(path.stem, None)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
     """Half characters that a test logs on purpose cannot be sent from a worker of pytest-xdist: they go escaped."""
@@ -83,8 +95,6 @@ def pytest_runtest_makereport(item, call):
 def _seeded() -> None:
     """The same random numbers for each test, whichever tests ran before it."""
     random.seed(0)
-    import sys
-
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed(0)
     if "torch" in sys.modules:

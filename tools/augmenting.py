@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 from written_rows import spaced
@@ -206,24 +207,26 @@ class Versions:
         """(new row, its source, parameters). What is drawn depends on seed, method, copy and the row's id alone."""
         tally = Tally(name)
         self.tallies.append(tally)
-        for example in self.examples:
-            for copy in range(1, copies + 1):
-                version = make(example, random.Random(f"{self.seed}/{name}/{copy}/{example.id}"))
-                if version is None:
-                    tally.impossible += 1
-                elif (key := spaced(version.dialogue)) in self.held_out:
-                    tally.held_out += 1
-                elif key in self._known:
-                    tally.repeated += 1
-                else:
-                    self._known.add(key)
-                    tally.made += 1
-                    texts = {"dialogue": version.dialogue, "references": version.references}
-                    yield (
-                        replace(example, id=self._id(f"{example.id}-{name}{copy}"), **texts),
-                        example,
-                        version.parameters,
-                    )
+        for example, copy in product(self.examples, range(1, copies + 1)):
+            version = make(example, random.Random(f"{self.seed}/{name}/{copy}/{example.id}"))
+            if self._is_new(version, tally):
+                texts = {"dialogue": version.dialogue, "references": version.references}
+                new = replace(example, id=self._id(f"{example.id}-{name}{copy}"), **texts)
+                yield new, example, version.parameters
+
+    def _is_new(self, version: Version | None, tally: Tally) -> bool:
+        """Whether it is to be written; counted either way, and known from then on."""
+        if version is None:
+            tally.impossible += 1
+        elif (key := spaced(version.dialogue)) in self.held_out:
+            tally.held_out += 1
+        elif key in self._known:
+            tally.repeated += 1
+        else:
+            self._known.add(key)
+            tally.made += 1
+            return True
+        return False
 
     def _id(self, wanted: str) -> str:
         while wanted in self._ids:

@@ -35,7 +35,7 @@ class Spool:
             with tempfile.TemporaryFile(dir=self.folder) as file:
                 file.write(memoryview(content.view(-1).view(torch.uint8).numpy()))
                 file.flush()
-                storage = torch.UntypedStorage.from_file(f"/proc/self/fd/{file.fileno()}", False, content.nbytes)
+                storage = torch.UntypedStorage.from_file(f"/dev/fd/{file.fileno()}", False, content.nbytes)
         except OSError as error:
             self._failure = error
             return content

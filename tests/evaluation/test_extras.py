@@ -10,28 +10,13 @@ import sys
 import pytest
 import runs
 import tiny
+from runs import LENGTH_ERROR
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from engine import load_recipe
 from engine.errors import EngineError
 from engine.train import main, run
-
-LENGTH_ERROR = """
-def length_error(predictions, references):
-    return [abs(len(p) - len(r[0])) for p, r in zip(predictions, references)]
-"""
-
-
-@pytest.fixture
-def site(tmp_path, monkeypatch):
-    """A folder that modules are imported from, as an installed package's is."""
-    folder = tmp_path / "site"
-    folder.mkdir()
-    monkeypatch.syspath_prepend(str(folder))
-    yield folder
-    for path in folder.glob("*.py"):
-        sys.modules.pop(path.stem, None)
 
 
 def recipe_of(tmp_path, **changes):

@@ -7,25 +7,10 @@ import sys
 from importlib.machinery import PathFinder
 
 import pytest
+from runs import LENGTH_ERROR
 
 from engine.errors import EngineError
 from engine.runtime.installed import installed
-
-LENGTH_ERROR = """
-def length_error(predictions, references):
-    return [abs(len(p) - len(r[0])) for p, r in zip(predictions, references)]
-"""
-
-
-@pytest.fixture
-def site(tmp_path, monkeypatch):
-    """A folder that modules are imported from, as an installed package's is."""
-    folder = tmp_path / "site"
-    folder.mkdir()
-    monkeypatch.syspath_prepend(str(folder))
-    yield folder
-    for path in folder.glob("*.py"):
-        sys.modules.pop(path.stem, None)
 
 
 def test_code_that_only_lies_about_is_not_imported(tmp_path, site, monkeypatch):

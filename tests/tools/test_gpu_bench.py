@@ -112,6 +112,7 @@ def test_every_test_that_needs_a_gpu_belongs_to_a_part(root):
     assert all(listed & {path, path.parent} for path in marked), marked - listed
 
 
+# What the next test runs; its skipped test is there to be told by name, and none of ours.
 SUITE = """
 import pytest
 def test_good(): pass
