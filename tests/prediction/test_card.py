@@ -10,7 +10,7 @@ import tiny
 from huggingface_hub import ModelCard
 
 from engine.models.hub import BaseIdentity
-from engine.prediction.card import card
+from engine.prediction.card import card, table
 from engine.prediction.export import code
 from engine.recipe.schema import Recipe
 
@@ -105,3 +105,8 @@ def test_a_code_span_holds_any_text(text):
     kinds = [child.type for token in tokens for child in token.children or []]
     assert kinds == ["text", "code_inline", "text"] or not text.strip(), kinds
     assert re.fullmatch("[^\n]*", code(text))
+
+
+def test_a_cell_ends_where_its_column_does():
+    """A machine may be named with a bar in it."""
+    assert table(["machine", "mean"], [["CPU | 2 cores", "1.00"]]).splitlines()[-1] == "| CPU \\| 2 cores | 1.00 |"
