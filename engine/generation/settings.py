@@ -160,6 +160,8 @@ class GenerationSettings:
         arguments["max_new_tokens"] = None
         if self.num_beams == 1:  # these mean nothing then, and transformers would warn of any other value
             arguments |= {"early_stopping": False, "length_penalty": 1.0}
+        if not self.do_sample and "penalty_alpha" not in self.extra:  # a chat model's own temperature, for one
+            arguments |= dict.fromkeys(_OF_SAMPLING)
         return arguments | dict(self.extra)
 
     def written_into(self, model_generation_config: GenerationConfig) -> GenerationConfig:

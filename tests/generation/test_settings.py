@@ -180,7 +180,9 @@ def test_resolved_settings_raise_no_warning_in_transformers(caplog, recwarn):
     assert out.lengths.dtype == torch.long
 
 
-@pytest.mark.parametrize("values", [{"num_beams": 1, "early_stopping": True, "length_penalty": 2.0}, {"num_beams": 3}])
+@pytest.mark.parametrize(
+    "values", [{"num_beams": 1, "early_stopping": True, "length_penalty": 2.0}, {"num_beams": 3, "do_sample": False}]
+)
 def test_settings_without_meaning_raise_no_warning_either(values, caplog):
     """A greedy call after training with beams, a beam search with a chat model's temperature."""
     model = shared("qwen3")
