@@ -38,6 +38,7 @@ def test_run_folder_keeps_the_contract(trained):
         assert [row["run"] for row in csv.DictReader(handle)] == ["run"]
 
 
+@pytest.mark.slow
 def test_resolved_recipe_trains_the_same_again(trained, tmp_path):
     folder, _ = trained
     again = load_recipe(folder / "run" / "recipe.yaml", {"experiment.output_dir": str(tmp_path / "again")})
@@ -178,7 +179,7 @@ def test_debug_serves_any_recipe(tmp_path):
     assert not (tmp_path / "run" / "tensorboard").exists()
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_other_precisions_train_on_the_cpu(tmp_path, precision):
     recipe = runs.write_recipe(tmp_path, training__precision=precision, runtime__emulate_fp16_on_cpu=True)
     runs.train(recipe)
@@ -246,7 +247,7 @@ def test_real_data_kobart_at_reduced_width(tmp_path, shared_data):
     assert ours["summary"].notna().all() and len(ours) == 499
 
 
-@pytest.mark.parametrize("family", ["bart", "gpt2"])
+@pytest.mark.parametrize("family", ["bart", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_dialogues_and_summaries_longer_than_the_model(tmp_path, capsys, family):
     """Position embeddings are a table: beyond its end there is nothing to look up. Told, cut, and never an IndexError."""
     from transformers import GPT2Config, GPT2LMHeadModel

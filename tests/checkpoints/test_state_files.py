@@ -50,7 +50,7 @@ def test_what_json_and_safetensors_cannot_hold_is_refused():
         state_files.flatten_state({"x": {1, 2}})
 
 
-@pytest.mark.parametrize("kind", ["adamw", "adamw_8bit"])
+@pytest.mark.parametrize("kind", ["adamw", pytest.param("adamw_8bit", marks=pytest.mark.slow)])
 def test_optimizer_goes_on_bit_for_bit(tmp_path, kind):
     if kind == "adamw_8bit":
         bitsandbytes = pytest.importorskip("bitsandbytes")

@@ -378,7 +378,7 @@ def test_kobart_gives_back_every_summary(length):
 @pytest.mark.parametrize(
     ("style", "name"),
     [
-        ("chat", "qwen3"),
+        pytest.param("chat", "qwen3", marks=pytest.mark.slow),
         pytest.param("chat", "llama3", marks=pytest.mark.slow),
         pytest.param("instruction", "qwen3", marks=pytest.mark.slow),
         pytest.param("instruction", "llama3", marks=pytest.mark.slow),

@@ -115,6 +115,7 @@ def test_no_recipe_can_set_the_flag(tmp_path):
 # BERTScore
 
 
+@pytest.mark.slow
 def test_bertscore_from_a_recipe_changes_no_other_number(tmp_path):
     tiny.bert(tmp_path / "bert")
     recipe = recipe_of(tmp_path, model__dropout=0.1)

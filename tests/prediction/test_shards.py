@@ -82,7 +82,7 @@ def test_wrong_options_are_refused(place, wrong, capsys):
     assert "standard input has no shards" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+@pytest.mark.parametrize("kind", [pytest.param("jsonl", marks=pytest.mark.slow), "csv", pytest.param("parquet", marks=pytest.mark.slow)])
 def test_merged_shards_are_the_file_of_a_plain_run(place, kind, capsys):
     source = place.folder / f"rows.{kind}"
     if kind == "parquet":
@@ -106,6 +106,7 @@ def test_merged_shards_are_the_file_of_a_plain_run(place, kind, capsys):
     assert place.names() == ["out.csv"]
 
 
+@pytest.mark.slow
 def test_more_shards_than_windows_and_a_sample_submission(place):
     sample = place.folder / "sample.csv"
     sample.write_text(",fname,summary\n" + "".join(f"{i},row_{i},x\n" for i in range(23)), encoding="utf-8")
@@ -117,6 +118,7 @@ def test_more_shards_than_windows_and_a_sample_submission(place):
     assert place.output.read_text(encoding="utf-8").startswith(",fname,summary\n0,row_0,")
 
 
+@pytest.mark.slow
 def test_n_best_lists_as_json_lines(place):
     more = ["generation.num_return_sequences=2"]
     plain, merged = place.folder / "plain.jsonl", place.folder / "out.jsonl"
@@ -159,6 +161,7 @@ def test_a_killed_shard_goes_on_and_a_finished_one_stays(place, monkeypatch, cap
     assert place.output.read_bytes() == (place.folder / "plain.csv").read_bytes()
 
 
+@pytest.mark.slow
 def test_what_does_not_belong_together_is_not_merged(place):
     for number in range(1, 5):
         place.run("--shard", f"{number}/4")

@@ -86,6 +86,7 @@ def test_the_table_of_hyperparameters_holds_the_best_scores_and_no_secret(tmp_pa
     assert not [text for text in secrets if text.encode() in everything]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_one_run_without_a_step_twice(tmp_path):
     from tensorboard.backend.event_processing import plugin_event_accumulator
 

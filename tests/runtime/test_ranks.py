@@ -27,6 +27,7 @@ def test_broadcast_carries_more_than_a_store_value_may_hold():
     assert in_ranks(2, lambda ranks: ranks.broadcast(text if ranks.is_main else None)) == [text, text]
 
 
+@pytest.mark.slow
 def test_one_rank_may_be_much_later_than_the_timeout():
     def task(ranks):
         if ranks.rank == 1:

@@ -92,6 +92,7 @@ def test_a_port_that_is_taken_is_said_in_one_line(served):
         demo.serve({"가": Echo("하나")}, port, wait=False)
 
 
+@pytest.mark.slow
 def test_paste_click_and_two_summaries(served, trained, tmp_path):
     """With a real model and one that echoes; SCREENSHOT=FILE keeps a picture."""
     from engine import Predictor

@@ -97,7 +97,7 @@ def test_ctranslate2_is_asked_for_where_it_is_missing(trained, tmp_path, monkeyp
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("family", ["bart", "t5", "llama"])
+@pytest.mark.parametrize("family", ["bart", "t5", pytest.param("llama", marks=pytest.mark.slow)])
 def test_ctranslate2_writes_the_same_texts(family, tmp_path, capsys):
     ctranslate2 = pytest.importorskip("ctranslate2")
     # Wide random weights: candidates are far apart, and texts are no single repeated token.

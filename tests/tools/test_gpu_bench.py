@@ -122,6 +122,7 @@ def test_lacking(): pass
 """
 
 
+@pytest.mark.slow
 def test_outcomes_of_tests_are_told_by_name(tmp_path):
     (tmp_path / "test_some.py").write_text(SUITE)
     options = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), "--junitxml={out}/tests.xml")

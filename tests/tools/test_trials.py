@@ -15,6 +15,7 @@ from engine.generation.api import generate_all
 from engine.generation.settings import GenerationSettings
 
 
+@pytest.mark.slow
 def test_encoder_states_are_reused_and_tokens_stay_the_same():
     for family in ("bart", "t5"):
         model = tiny.model(family)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from types import SimpleNamespace
 
@@ -71,13 +72,16 @@ def assert_equal(ours, theirs):
 
 CASES = {
     "bart": ("bart", {}),
-    "bart-tokens": ("bart", {"data__batching": "tokens", "data__tokens_per_batch": 250}),
-    "bart-random": ("bart", {"model__init": "random"}),
     "t5": ("t5", {}),
-    "llama": ("llama", {}),
     "llama-lora": ("llama", ADAPTER),
     "qwen3": ("qwen3", {"training__gradient_checkpointing": True, "distributed__cpu_offload": True}),
 }
+if "FULL_TESTS" in os.environ:
+    CASES |= {
+        "bart-tokens": ("bart", {"data__batching": "tokens", "data__tokens_per_batch": 250}),
+        "bart-random": ("bart", {"model__init": "random"}),
+        "llama": ("llama", {}),
+    }
 
 
 @pytest.mark.slow

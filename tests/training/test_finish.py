@@ -87,6 +87,7 @@ def test_an_older_table_gains_the_new_columns_and_keeps_its_rows(tmp_path):
     assert (old["best_value"], old["dev_rows"], new["dev_rows"], new["kind"]) == ("22.46", "", "10", "debug")
 
 
+@pytest.mark.slow
 def test_the_table_says_what_may_be_compared(tmp_path):
     """A debug run on 10 rows and the real one are told apart by kind, rows and the hash of the dev rows."""
     recipe = runs.write_recipe(tmp_path, rows=60)

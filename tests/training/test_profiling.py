@@ -73,6 +73,7 @@ def test_profiling_changes_no_number_and_off_leaves_nothing(profiled, tmp_path):
     assert losses[0] == losses[1] and len(losses[0]) == 10
 
 
+@pytest.mark.slow
 def test_accumulation_does_not_make_the_trace_longer(tmp_path, monkeypatch):
     monkeypatch.setattr(profiling, "_WARM_UP", 0)
     recipe = runs.write_recipe(tmp_path, rows=40, runtime__profile=True, evaluation__strategy="no")
@@ -80,6 +81,7 @@ def test_accumulation_does_not_make_the_trace_longer(tmp_path, monkeypatch):
     assert len(named(trace_of(tmp_path / "run"), "forward")) == 8
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_profiled_again_but_not_through_a_link(tmp_path):
     recipe = runs.write_recipe(tmp_path, rows=32, runtime__profile=True, evaluation__strategy="no")
     runs.train(recipe, "checkpoint.strategy=steps", "checkpoint.steps=1", "checkpoint.save_total_limit=null")

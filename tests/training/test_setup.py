@@ -53,6 +53,7 @@ def test_validation_dialogues_must_not_be_training_dialogues(tmp_path):
     assert len(setup.read_splits(Recipe(data=files | {"allow_overlap": True}), ALONE).dev) == 5
 
 
+@pytest.mark.slow
 def test_bf16_on_a_cpu_trains_as_fp32_does_within_its_precision(tmp_path):
     recipe = runs.write_recipe(tmp_path, evaluation__strategy="no", checkpoint__strategy="no")
     losses = {}

@@ -10,8 +10,8 @@ pairs, with a tokenizer trained on them. Each contender trains in a process of i
 first update of each is not counted. Medians over rounds; ratios are to the first contender.
 
 `ours, fsdp` shards over the ranks, and a contender followed by `, counted` counts what ranks send in an update.
-`ours` has this project's defaults; `ours, in order` and `trainer, in order` see identical batches. TRL is measured where it
-is installed (`pip install trl datasets`).
+`ours` has this project's defaults; `ours, in order` and `trainer, in order` see identical batches. What is `recomputed` has
+gradient checkpointing on, which is TRL's default. TRL is measured where it is installed (`pip install trl datasets`).
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ SHAPES: dict[str, dict[str, Any]] = {
             "tie_word_embeddings": True, "max_position_embeddings": 4096,
         },
         "rows": 8,
-        "contenders": ("ours", "ours, in order", "trainer, in order", "trl"),
+        "contenders": ("ours", "ours, in order", "ours, recomputed", "trainer, in order", "trl", "trl, recomputed"),
     },
     "kobart": {"config": values_of("kobart"), "rows": 64, "contenders": ("ours", "trainer")},
 }  # fmt: skip
@@ -171,6 +171,7 @@ def recipe_of(options: argparse.Namespace, work: Path, batching: str) -> Any:
         training={
             "per_device_train_batch_size": rows_of(options), "max_steps": options.updates,
             "precision": options.precision, "learning_rate": 1e-4, "logging_steps": 1,
+            "gradient_checkpointing": "recomputed" in options.contender,
         },
         evaluation={"strategy": "no"},
         checkpoint={"strategy": "no"},
@@ -299,7 +300,7 @@ def arguments_of(options: argparse.Namespace, work: Path) -> dict[str, Any]:
         "report_to": [],
         "use_cpu": _device().type == "cpu",
         "bf16": options.precision == "bf16",
-        "gradient_checkpointing": False,
+        "gradient_checkpointing": "recomputed" in options.contender,
         "remove_unused_columns": False,
         "disable_tqdm": True,
         "optim": "adamw_torch",
@@ -372,7 +373,7 @@ def main() -> int:
         return 0
     names = options.contenders or SHAPES[options.shape]["contenders"]
     missing = importlib.util.find_spec("trl") is None
-    names = [name for name in names if name != "trl" or not missing]
+    names = [name for name in names if not name.startswith("trl") or not missing]
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
         if options.data is None:
