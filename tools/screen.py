@@ -81,7 +81,6 @@ def screen_one(recipe: Recipe, folder: Path, name: str) -> dict[str, Any]:
 
 
 def child(options: argparse.Namespace) -> int:
-    threading.Thread(target=end_with_parent, name="parent", daemon=True).start()
     name = Path(options.child).stem
     metrics = screen_one(read(options.child, options.overrides), options.output, name)
     write_json(options.output / f"{name}.metrics.json", metrics)
@@ -263,6 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     recipes = [text for text in options.overrides if "=" not in text]
     options.overrides = [text for text in options.overrides if "=" in text]
     if options.child:
+        threading.Thread(target=end_with_parent, name="parent", daemon=True).start()
         return child(options)
     if not recipes:
         parser.error("name at least one recipe")

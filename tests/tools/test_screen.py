@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -96,15 +97,16 @@ def test_a_model_that_takes_too_long_is_ended_with_its_children(tool, place, mon
     assert "rouge_sum" not in row
 
 
-def test_a_killed_screening_takes_its_models_process_along(root, place):
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_screening_takes_its_models_process_along(root, place, tmp_path, number):
     """Nobody would end it, and it would hold the device."""
     command = [sys.executable, str(root / "tools" / "screen.py"), str(place / "bart.yaml")]
-    parent = subprocess.Popen([*command, "data.max_validation_samples=4", "--output", str(place / "k")])
+    parent = subprocess.Popen([*command, "data.max_validation_samples=4", "--output", str(tmp_path)])
     children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
     while not (found := children.read_text().split()):
         assert parent.poll() is None
         time.sleep(0.02)
-    parent.kill()
+    parent.send_signal(number)
     parent.wait()
     model = Path(f"/proc/{found[0]}/stat")
     limit = time.monotonic() + 100
@@ -112,7 +114,7 @@ def test_a_killed_screening_takes_its_models_process_along(root, place):
         while model.read_text().rpartition(")")[2].split()[0] != "Z":
             assert time.monotonic() < limit
             time.sleep(0.02)
-    assert not (place / "k" / "bart.metrics.json").exists(), "the model was screened to the end for nobody"
+    assert not (tmp_path / "bart.metrics.json").exists(), "the model was screened to the end for nobody"
 
 
 def test_a_table_of_models_that_wrote_nothing(tool):
