@@ -79,12 +79,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def held_out_rows(options: argparse.Namespace, recipe: Recipe) -> list[Example]:
     """Rows of the recipe's dev and test file and of --dev.
 
-    Raises: EngineError E2.92 where one of these files is the input or would be the output.
+    Raises: EngineError E2.92 where one of these files is the input or would be the output, or overlap is asked for.
     """
     from written_rows import files_named, same_file
 
     from engine.data.rows import read_examples
 
+    if any(text.startswith("data.allow_overlap=") for text in options.overrides):
+        what = "dev and test rows are held out: no new row may come of them"
+        raise EngineError("E2.92", what, "data.allow_overlap", "leave it out", safe="nothing was written")
     files = list(files_named(recipe, ("validation_file", "test_file")).values()) if options.recipe else []
     files += options.dev
     for file in files:
@@ -158,7 +161,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     recipe = with_overrides(recipe, options.overrides, ("data", "generation"))
     held_out = held_out_rows(options, recipe)
     examples = read_examples(options.input, recipe.data, require_summary=True)
-    check_splits(examples, held_out, allow_overlap=False)
+    try:
+        check_splits(examples, held_out, allow_overlap=False)
+    except EngineError as error:
+        error.next = "take them out of the training file"
+        raise
 
     from augmenting import Versions
 

@@ -19,12 +19,16 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # so that it also runs without the package installed
 
 from engine.errors import EngineError  # noqa: E402
 from engine.runtime.run_folder import CHECKPOINT  # noqa: E402
+
+if TYPE_CHECKING:
+    from engine.recipe.schema import Recipe
 
 NOTHING_WRITTEN = "nothing was written"
 # The card tells of other scores.
@@ -56,6 +60,7 @@ def average(folders: Sequence[Path], weights: Sequence[float] | None, output: Pa
     from safetensors.torch import save_file
 
     from engine.models import hub
+    from engine.recipe.dump import dump
     from engine.runtime.atomic import new_folder, write_json_atomically
 
     for folder in folders:
@@ -68,6 +73,8 @@ def average(folders: Sequence[Path], weights: Sequence[float] | None, output: Pa
                 mean = {name: ensembling.average_tensors([m.read(name) for m in members], weights) for name in names}
                 save_file(mean, partial / shard, metadata={"format": "pt"})
             copy_the_rest(folders[-1], partial)
+            if (recipe := recipe_beside(folders[-1])) is not None:
+                (partial / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
             shares = ensembling.normalised(weights, len(folders))
             record = {"members": [str(folder) for folder in folders], "weights": shares}
             write_json_atomically(partial / "averaging.json", record)
@@ -104,28 +111,28 @@ def copy_the_rest(source: Path, target: Path) -> None:
             shutil.copyfile(path, target / path.name)
 
 
-def validation_file(folder: Path) -> str | None:
-    """What the recipe beside a checkpoint was evaluated on; `output` may lie where there is no recipe."""
+def recipe_beside(folder: Path) -> Recipe | None:
+    """What the members were trained by: the mean is decoded and scored by it too, wherever it lies."""
     from engine.recipe.load import load_recipe
 
-    recipe = next(
-        (place / "recipe.yaml" for place in (folder, folder.parent) if (place / "recipe.yaml").is_file()), None
-    )
-    return None if recipe is None else load_recipe(recipe).data.validation_file
+    places = (place / "recipe.yaml" for place in (folder, folder.parent))
+    return next((load_recipe(place) for place in places if place.is_file()), None)
 
 
 def compare(folders: Sequence[Path], output: Path, args: argparse.Namespace) -> list[str]:
     """Decode the dev split with every member and with the mean, under the run's own settings."""
-    from trials import Scored, comparison, open_subject
+    from trials import METRICS, Scored, comparison, open_subject, refuse_other_rows
 
-    systems = []
+    systems, first = [], None
     for folder in (*folders, output):
         subject = open_subject(folder, input_file=args.input, device=args.device, limit=args.limit)
+        first = first or subject.examples
+        refuse_other_rows(subject.examples, folder, first, folders[0])
         decoding = subject.decode(subject.summarizer(subject.generation()))
         systems.append(Scored(folder.name, subject.score(decoding.texts), decoding.seconds))
         print(f"scored {folder.name}", flush=True)
     metric = subject.recipe.evaluation.metric
-    metric = "rouge_sum" if metric == "loss" else metric
+    metric = metric if metric in METRICS else "rouge_sum"
     lines = comparison(systems[-1], systems[:-1], metric, args.seed)
     return [*lines, f"{len(subject.examples)} rows of {subject.source}; predicting costs what one member costs"]
 
@@ -184,7 +191,8 @@ def main(argv: list[str] | None = None) -> int:
     weights = ", ".join(f"{weight:.3f}" for weight in record["weights"])
     print(f"{output}: mean of {len(folders)} models, weights {weights}, {time.perf_counter() - started:.1f} s")
     if not args.no_score:
-        args.input = args.input or validation_file(folders[-1])
+        if args.input is None and (recipe := recipe_beside(output)) is not None:
+            args.input = recipe.data.validation_file  # one file for all, also where members come from several runs
         print(*compare(folders, output, args), sep="\n")
     return 0
 

@@ -90,16 +90,16 @@ def read_runs(folders: Sequence[Path], split: str) -> list[Run]:
 
 
 def _read_run(folder: Path, split: str) -> Run:
-    recipe = yaml_subset.parse(_text(folder / "recipe.yaml")).value
+    recipe = recipe_of(folder)
     try:
         results = read_json(folder / "results.json") if (folder / "results.json").is_file() else {}
         step = results.get("best_step") if results else read_json(folder / "best.json").get("step")
     except (OSError, ValueError) as error:
         raise EngineError("E2.75", f"no run that has been evaluated: {error}", str(folder), safe=_SAFE) from error
-    if not isinstance(recipe, dict) or not isinstance(step, int):
-        raise EngineError("E2.75", "recipe.yaml or results.json is not as a run leaves it", str(folder), safe=_SAFE)
+    if not isinstance(step, int):
+        raise EngineError("E2.75", "results.json is not as a run leaves it", str(folder), safe=_SAFE)
     rows = _read_predictions(folder / "predictions" / f"{split}-step{step}.csv")
-    return Run("", folder, _flat(recipe), results, read_rows(folder / "metrics.jsonl"), step, rows, [])
+    return Run("", folder, recipe, results, read_rows(folder / "metrics.jsonl"), step, rows, [])
 
 
 def _text(path: Path) -> str:
@@ -153,9 +153,22 @@ def _scores(run: Run, tokenizer: str) -> list[dict[str, float]]:
         except ValueError as error:
             raise EngineError("E3.61", f"a score is no number: {error}", str(run.folder), safe=_SAFE) from error
         return [row | {"rouge_mean": sum(row.values()) / len(row)} for row in kept]
-    several = isinstance(run.recipe.get("data.summary_column"), list)
-    references = [row["reference"].split("\n") if several else [row["reference"]] for row in run.rows]
+    references = references_of([row["reference"] for row in run.rows], run.recipe)
     return rouge.rouge_rows([row["prediction"] for row in run.rows], references, tokenizer)
+
+
+def recipe_of(run: Path) -> dict[str, Any]:
+    """A run's recipe as "section.key" -> value, also of a version whose keys were others. Raises: EngineError E2.75."""
+    recipe = yaml_subset.parse(_text(run / "recipe.yaml")).value
+    if not isinstance(recipe, dict):
+        raise EngineError("E2.75", "recipe.yaml is not as a run leaves it", str(run), safe=_SAFE)
+    return _flat(recipe)
+
+
+def references_of(cells: Sequence[str], recipe: Mapping[str, Any]) -> list[list[str]]:
+    """The references in the `reference` cells of a run's predictions: one in each line where it has several summary columns."""
+    several = isinstance(recipe.get("data.summary_column"), list)
+    return [cell.split("\n") if several else [cell] for cell in cells]
 
 
 # --- all of them ------------------------------------------------------------------------------------------------------

@@ -84,7 +84,9 @@ def page(predictors: dict[str, Predictor]) -> Any:
     first = head.generation  # the page begins with its settings, and bounds must hold them
     most = first.max_new_tokens or head.bundle.lengths["max_target_length"]
     with gradio.Blocks(title="대화 요약", analytics_enabled=False) as blocks:
-        gradio.Markdown("# 대화 요약\n대화를 붙여 넣고 모델을 고르면, 고른 모델들의 요약을 나란히 보여 줍니다.")
+        about = "대화를 붙여 넣고 모델을 고르면, 고른 모델들의 요약을 나란히 보여 줍니다."
+        shared = "빔 수, 최대 길이, 길이 벌점은 모든 모델에 함께 쓰이고, 처음 값은 첫 모델의 설정입니다."
+        gradio.Markdown(f"# 대화 요약\n{about}\n{shared}")
         dialogue = gradio.Textbox(
             EXAMPLE, label="대화", info="한 줄에 한 발화씩, 말하는 사람의 이름으로 시작합니다.", lines=8, max_lines=20
         )

@@ -112,9 +112,11 @@ def consensus(files: Sequence[Predictions], ids: Sequence[str], weights: Sequenc
             candidates += own
             shares += [weights[number] / len(own)] * len(own)
             owners += [number] * len(own)
-        choice = choose_by_consensus(candidates, shares, metric=metric, tokenizer=tokenizer)
-        texts.append(choice.text)
-        taken[owners[choice.index]] += 1
+        chosen = choose_by_consensus(candidates, shares, metric=metric, tokenizer=tokenizer).index
+        if not candidates[chosen].strip():  # no other has weight, or a word to agree in
+            chosen = next((place for place, text in enumerate(candidates) if text.strip()), chosen)
+        texts.append(candidates[chosen])
+        taken[owners[chosen]] += 1
     return texts, taken
 
 
@@ -123,7 +125,7 @@ def references_for(args: argparse.Namespace, files: Sequence[Predictions], ids: 
     if args.references is None:
         for file in files:
             if len(file.references) == len(ids):
-                return [file.references[one] for one in ids]
+                return references_in(file, ids)
         return None
     known = read_predictions(Path(args.references), args.reference_id_column, args.reference_column)
     if missing := [one for one in ids if one not in known.candidates]:
@@ -132,15 +134,33 @@ def references_for(args: argparse.Namespace, files: Sequence[Predictions], ids: 
     return [known.candidates[one] for one in ids]  # several rows of one id are several references
 
 
+def references_in(file: Predictions, ids: Sequence[str]) -> list[list[str]]:
+    """References of a file's `reference` column; the recipe of the run that it lies in says whether a cell holds several."""
+    from comparing import recipe_of, references_of
+
+    cells, run = [file.references[one] for one in ids], file.path.absolute().parent.parent
+    if (run / "recipe.yaml").is_file():
+        return references_of(cells, recipe_of(run))
+    if any("\n" in cell for cell in cells):
+        what = "`reference` cells of several lines count as one reference; are they several, name them by --references"
+        print(f"{file.path}: {what}", file=sys.stderr)
+    return references_of(cells, {})
+
+
 def mbr(args: argparse.Namespace) -> int:
     from trials import Scored, comparison
 
+    from engine.prediction.submission import Sample, refuse_empty
     from engine.scoring import rouge
 
     files = [read_predictions(Path(path), args.id_column, args.text_column) for path in args.files]
     weights = checked_weights(args.weights, len(files))
     ids = check_ids(files)
     references = references_for(args, files, ids)
+    if args.sample_submission:
+        said = ["".join(text for file in files for text in file.candidates[one]) for one in ids]
+        Sample(args.sample_submission, ids)
+        refuse_empty(ids, said, args.sample_submission)
     started = time.perf_counter()
     texts, taken = consensus(files, ids, weights, args.utility, args.rouge_tokenizer)
     seconds = time.perf_counter() - started
@@ -167,17 +187,20 @@ def mbr(args: argparse.Namespace) -> int:
 def average(args: argparse.Namespace) -> int:
     from trials import Scored, comparison, open_subject
 
+    from engine.prediction.submission import Sample, without_empty
+
     weights = checked_weights(args.weights, len(args.runs))
-    labelled = args.input is None
-    subjects = [
-        open_subject(run, input_file=args.input, device=args.device, limit=args.limit, labelled=labelled)
-        for run in args.runs
-    ]
+    given = {"device": args.device, "limit": args.limit, "labelled": args.input is None}
+    first = open_subject(args.runs[0], input_file=args.input, **given)
+    source = args.input or first.recipe.data.validation_file
+    subjects = [first, *(open_subject(run, input_file=source, **given) for run in args.runs[1:])]
     check_members(subjects, args.runs)
-    combined = decode_together(subjects, weights, args.overrides)
-    first = subjects[0]
     ids = [example.id for example in first.examples]
-    write(args, first.recipe.data.id_column or "id", "summary", ids, combined.texts)
+    if args.sample_submission:
+        Sample(args.sample_submission, ids)
+    combined = decode_together(subjects, weights, args.overrides)
+    texts = without_empty(ids, first.dialogues, combined.texts) if args.sample_submission else combined.texts
+    write(args, first.recipe.data.id_column or "id", "summary", ids, texts)
     print(f"{args.output}: {len(combined.texts)} rows in {combined.seconds:.1f} s")
     if not first.labelled or args.no_members:
         return 0
@@ -192,9 +215,12 @@ def average(args: argparse.Namespace) -> int:
 
 
 def check_members(subjects: Sequence[Subject], names: Sequence[str]) -> None:
-    """The same token must mean the same text in every member. Raises EngineError E4 otherwise."""
+    """The same token must mean the same text in every member, and all have the same rows. Raises EngineError E3, E4."""
+    from trials import refuse_other_rows
+
     vocabulary = subjects[0].bundle.tokenizer.get_vocab()
     for subject, name in zip(subjects[1:], names[1:], strict=True):
+        refuse_other_rows(subject.examples, name, subjects[0].examples, names[0])
         if subject.bundle.tokenizer.get_vocab() != vocabulary:
             what = f"its vocabulary is not that of {names[0]}, so probabilities cannot be averaged"
             raise EngineError(
@@ -259,6 +285,8 @@ def write(args: argparse.Namespace, id_column: str, text_column: str, ids: list[
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
+    from engine.recipe.flags import settings_apart
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = parser.add_subparsers(dest="kind", required=True)
     both = argparse.ArgumentParser(add_help=False)
@@ -284,7 +312,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
     two = kinds.add_parser("average", parents=[both], help="mean of token probabilities inside the beam search")
     two.add_argument("runs", nargs="+", help="run, checkpoint or model folders, and generation.key=value overrides")
-    two.add_argument("--input", help="rows to decode (default: the validation file of the first run's recipe)")
+    two.add_argument(
+        "--input", help="rows to decode of all members (default: the validation file of the first run's recipe)"
+    )
     two.add_argument("--no-members", action="store_true", help="do not decode with each member alone")
     two.add_argument("--limit", type=int, help="only the first rows")
     two.add_argument(
@@ -292,13 +322,12 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     two.set_defaults(run=average)
 
-    args, rest = parser.parse_known_args(argv)  # overrides may stand after options, where argparse takes no positionals
-    words = [*getattr(args, "runs", []), *rest]
-    args.overrides = [word for word in words if word.startswith("generation.") and "=" in word]
-    if odd := [word for word in rest if word not in args.overrides] or (args.kind == "mbr" and rest):
+    words, settings = settings_apart(two, sys.argv[1:] if argv is None else argv)
+    args = parser.parse_args(words)
+    args.overrides = settings
+    odd = [setting for setting in settings if args.kind == "mbr" or not setting.startswith("generation.")]
+    if odd:
         parser.error(f"unrecognized arguments: {' '.join(odd)}")
-    if args.kind == "average":
-        args.runs = [word for word in args.runs if word not in args.overrides]
     if len(args.runs if args.kind == "average" else args.files) < 2:
         parser.error("at least two members")
     return args

@@ -58,17 +58,25 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def read_recipe(options: argparse.Namespace) -> Recipe:
-    """The recipe of every fold, but for its data. Raises: EngineError E2 for one whose folds would not be scored."""
+    """The recipe of every fold, but for its data; every held-out row is decoded.
+
+    Raises: EngineError E2 for one whose folds would not be scored, or that names code.
+    """
+    from training_process import refuse_code
+
     from engine.recipe.load import load_recipe
 
     if options.test:
         options.overrides.append(f"data.test_file={options.test}")
+    if not any(text.startswith("evaluation.max_samples=") for text in options.overrides):
+        options.overrides.append("evaluation.max_samples=null")  # recipes decode a subset to choose a checkpoint by
     recipe = load_recipe(options.recipe, options.overrides)
+    refuse_code(recipe)
     evaluation, what = recipe.evaluation, None
     if any(text.startswith("experiment.output_dir=") for text in options.overrides):
         what = "experiment.output_dir: each fold has a folder of its own; use --output"
     elif evaluation.strategy == "no" or not evaluation.generate or evaluation.max_samples is not None:
-        what = "evaluation: every held-out row is decoded; set strategy, generate=true and max_samples=null"
+        what = "evaluation: every held-out row is decoded; set strategy and generate=true, and leave max_samples out"
     elif options.sample_submission and recipe.data.test_file is None:
         what = "--sample-submission: there are no test rows; give --test"
     if what:

@@ -66,9 +66,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     kept = parser.add_mutually_exclusive_group()
     kept.add_argument("--min-confidence", type=float, metavar="X", help="keep rows with at least this much")
     kept.add_argument("--keep-share", type=float, metavar="SHARE", help="keep this share of the rows, the surest ones")
-    parser.add_argument(
-        "--by", choices=MEASURES, default="confidence", help="what is filtered by (default: confidence)"
-    )
+    parser.add_argument("--by", choices=MEASURES, default="score", help="what is filtered by (default: score)")
     parser.add_argument(
         "--exclude", nargs="+", default=[], metavar="FILE", help="more files whose dialogues are left out"
     )

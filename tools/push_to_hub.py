@@ -76,7 +76,11 @@ def holds_secret(path: Path) -> bool:
 
 
 def upload(files: Sequence[Path], repository: str, *, private: bool) -> str:
-    """One commit; returns its address. Raises: EngineError E2.134 where the hub is switched off, E6.60 where it fails."""
+    """One commit; returns its address.
+
+    Raises: EngineError E2.134 where the hub is switched off, E2.137 where `private` is asked for and the repository is public,
+    E6.60 where it fails.
+    """
     from huggingface_hub import CommitOperationAdd, HfApi, constants
 
     from engine.runtime.faults import first_line
@@ -87,8 +91,15 @@ def upload(files: Sequence[Path], repository: str, *, private: bool) -> str:
     api = HfApi()
     operations = [CommitOperationAdd(path_in_repo=path.name, path_or_fileobj=str(path)) for path in files]
     try:
-        api.create_repo(repository, private=private, exist_ok=True)
+        api.create_repo(repository, private=private, exist_ok=True)  # one that is there stays as public as it is
+        if private and not api.repo_info(repository).private:
+            advice = "make it private on its page on the hub, or name another"
+            raise EngineError(
+                "E2.137", "--private, but the repository is there and public", repository, advice, safe=_SAFE
+            )
         return str(api.create_commit(repository, operations, commit_message="Upload the model").commit_url)
+    except EngineError:
+        raise
     except Exception as error:  # the client raises many unrelated types; each means that nothing was committed
         status = getattr(getattr(error, "response", None), "status_code", None)
         advice = "log in with `hf auth login`, with a token that may write" if status in (401, 403) else "try again"
@@ -111,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--repo", metavar="OWNER/NAME", help="repository on the hub; made where it is not there")
     where.add_argument("--to-folder", type=Path, metavar="DIR", help="a new folder instead of the hub")
-    parser.add_argument("--private", action="store_true", help="a repository that is made is private")
+    parser.add_argument("--private", action="store_true", help="make the repository private; refuse a public one")
     parser.add_argument("--dry-run", action="store_true", help="list what would go, and stop")
     parser.add_argument("--traceback", action="store_true", help="print a traceback for every error")
     options = parser.parse_args(arguments)

@@ -12,6 +12,8 @@ table replaces what stands between the two marker comments. Debug and stopped ru
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,6 +35,7 @@ _KEPT += ("code", "versions", "hardware")
 
 def read_record(path: Path) -> dict[str, Any]:
     """What the table needs of a run. Raises: EngineError E5.62 for what is no record, E2.131 for a run that is no result."""
+    from engine.recipe.schema import SECTIONS
     from engine.runtime.atomic import read_json
     from engine.runtime.faults import blaming
 
@@ -40,6 +43,7 @@ def read_record(path: Path) -> dict[str, Any]:
     with blaming("E5.62", "no record of a finished run with scores", path, "name run folders", safe=_SAFE):
         record = kept(read_json(path))
         line(record)
+        SECTIONS["experiment"](name=record["recipe"]["name"])  # it becomes a file's name
     if record["kind"] != "done":
         what = f"the run's kind is {record['kind']}: its scores are no result of the recipe"
         raise EngineError("E2.131", what, str(path), "train the recipe to its end", safe=_SAFE)
@@ -84,6 +88,24 @@ def line(record: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def places_of(records: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
+    """Where each record is kept: <recipe>.json, with eight digits of a hash where that is another run's.
+
+    Raises: EngineError E2.77 for the same record twice.
+    """
+    names = [record["recipe"]["name"] for record in records]
+    places = []
+    for name, record in zip(names, records, strict=True):
+        plain = folder / f"{name}.json"
+        there = read_record(plain) if plain.exists() else None
+        digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:8]
+        own = there == record or (there is None and names.count(name) == 1)
+        places.append(plain if own else folder / f"{name}-{digest}.json")
+    if len(set(places)) < len(places):
+        raise EngineError("E2.77", "the same run is named twice", ", ".join(names), "name it once", safe=_SAFE)
+    return places
+
+
 def table_of(records: Sequence[Mapping[str, Any]]) -> str:
     from engine.prediction.card import table
 
@@ -104,7 +126,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders or kept records")
     parser.add_argument("--write", type=Path, metavar="FILE", help="replace the table between the marks of this file")
-    parser.add_argument("--keep", type=Path, metavar="DIR", help="write a small record of each run, <recipe>.json")
+    parser.add_argument(
+        "--keep",
+        type=Path,
+        metavar="DIR",
+        help="write a small record of each run, <recipe>.json or <recipe>-<hash>.json",
+    )
     parser.add_argument("--traceback", action="store_true", help="print a traceback for every error")
     options = parser.parse_args(arguments)
 
@@ -112,13 +139,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     records = [read_record(path) for path in options.runs]
     table = table_of(records)
+    places = places_of(records, options.keep) if options.keep else []
     if options.write:
         text = replaced(options.write.read_text(encoding="utf-8"), table, options.write)
         write_text_atomically(options.write, text)
     if options.keep:
         options.keep.mkdir(parents=True, exist_ok=True)
-    for record in records if options.keep else []:
-        write_json_atomically(options.keep / f"{record['recipe']['name']}.json", record)
+    for record, place in zip(records, places, strict=True) if places else ():
+        write_json_atomically(place, record)
+        print(f"kept: {place}", file=sys.stderr)
     print(table)
     return 0
 

@@ -21,6 +21,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -86,6 +87,12 @@ def child(options: argparse.Namespace) -> int:
     return 0
 
 
+def end_with_parent() -> None:
+    """Stdin is a pipe whose other end the screening holds: it closes when that ends, in whatever way."""
+    os.read(0, 1)
+    os.killpg(0, signal.SIGKILL)  # the group that was made for this model
+
+
 # All of them
 
 
@@ -118,7 +125,9 @@ def run_child(recipe: str, name: str, overrides: Sequence[str], folder: Path, ti
     command = [sys.executable, __file__, "--child", recipe, "--output", str(folder), *overrides]
     started = time.perf_counter()
     with open(folder / f"{name}.log", "w", encoding="utf-8", opener=without_links) as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
         try:
             code: int | None = process.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -219,30 +228,42 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Best first; failures last, with their reasons."""
-    good = sorted((row for row in rows if row["status"] == "ok"), key=lambda row: -row["rouge_sum"])
-    lines = [f"{'recipe':24} {'R-1':>6} {'R-2':>6} {'R-L':>6} {'sum':>7} {'capped':>7} {'rows/s':>7} {'GiB':>6}  model"]
+
+    def shown(row: dict[str, Any], key: str, form: str) -> str:
+        return "" if row[key] is None else format(row[key], form)
+
+    def place(row: dict[str, Any]) -> tuple[bool, float]:
+        return row["rouge_sum"] is None, -(row["rouge_sum"] or 0.0)
+
+    good = sorted((row for row in rows if row["status"] == "ok"), key=place)
+    forms = dict.fromkeys(("rouge1", "rouge2", "rougeL", "rouge_sum"), ".2f") | {"capped_rate": ".0%"}
+    forms |= {"samples_per_second": ".2f", "peak_memory_gib": ".2f", "loss": ".3f"}
+    heads = ("R-1", "R-2", "R-L", "sum", "capped", "rows/s", "GiB", "loss")
+    lines = [" ".join([f"{'recipe':24}", *(f"{head:>7}" for head in heads)]) + "  model"]
     for row in good:
-        scores = f"{row['rouge1']:6.2f} {row['rouge2']:6.2f} {row['rougeL']:6.2f} {row['rouge_sum']:7.2f}"
-        speed = f"{100 * row['capped_rate']:6.0f}% {row['samples_per_second']:7.2f} {row['peak_memory_gib']:6.2f}"
-        lines.append(f"{row['recipe']:24} {scores} {speed}  {row['model']}")
+        cells = " ".join(f"{shown(row, key, form):>7}" for key, form in forms.items())
+        lines.append(f"{row['recipe']:24} {cells}  {row['model']}")
     lines += [f"{row['recipe']:24} failed: {row['reason']}" for row in rows if row["status"] != "ok"]
-    tokenizers = {row["rouge_tokenizer"] for row in good}
+    tokenizers = {row["rouge_tokenizer"] for row in good if row["rouge_tokenizer"]}
     return "\n".join(lines) + (f"\nROUGE F1 x 100, {', '.join(sorted(tokenizers))}" if tokenizers else "")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    from engine.recipe.flags import parse_options
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "arguments", nargs="*", metavar="RECIPE.yaml or section.key=value", help="models, and settings of all"
+        "overrides", nargs="*", metavar="RECIPE.yaml or section.key=value", help="models, and settings of all"
     )
     parser.add_argument("--output", type=Path, default=Path("experiments/screening"), help="folder for the results")
     parser.add_argument("--timeout", type=float, help="seconds that one model may take")
     parser.add_argument("--child", help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    options.overrides = [text for text in options.arguments if "=" in text]
+    options = parse_options(parser, arguments)
+    recipes = [text for text in options.overrides if "=" not in text]
+    options.overrides = [text for text in options.overrides if "=" in text]
     if options.child:
+        threading.Thread(target=end_with_parent, name="parent", daemon=True).start()
         return child(options)
-    recipes = [text for text in options.arguments if "=" not in text]
     if not recipes:
         parser.error("name at least one recipe")
     try:

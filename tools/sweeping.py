@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from training_process import GOES_ON, Failed, train
+from training_process import GOES_ON, Failed, refuse_code, train
 
 from engine.errors import EngineError
 from engine.recipe.dump import dump
@@ -88,9 +88,7 @@ class Sweep(AbstractContextManager):
     def __init__(self, folder: Path, plan: Plan) -> None:
         first = plan.recipe_of(next(plan.examples()))
         self.folder, self.plan, self.metric = folder, plan, first.evaluation.metric
-        if any(":" in name for name in first.evaluation.extra_metrics):
-            what = "a sweep runs no code that a recipe names"
-            raise EngineError("E2.86", what, "evaluation.extra_metrics", "leave it out; bertscore may stay")
+        refuse_code(first)
         self._turn = threading.Lock()  # of the workers at the terminal and the table
         strangers = folder.is_dir() and any(entry.name[0] != "." for entry in folder.iterdir())
         if strangers and not (folder / "study.db").exists():

@@ -9,14 +9,18 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from screen import reason
 
-from engine.errors import STOPPED_SAVED, STOPPED_UNSAVED
+from engine.errors import STOPPED_SAVED, STOPPED_UNSAVED, EngineError
 from engine.runtime.atomic import without_links
 from engine.runtime.process import ENDS_WITH_PARENT
 from engine.runtime.run_status import read_status
 from engine.runtime.signals import Stopped
+
+if TYPE_CHECKING:
+    from engine.recipe.schema import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 GOES_ON = "the same command goes on"
@@ -25,6 +29,13 @@ _STOPPED = {STOPPED_SAVED, STOPPED_UNSAVED, -signal.SIGTERM, -signal.SIGINT}
 
 class Failed(Exception):
     """A run that came to no score; the reason is its text."""
+
+
+def refuse_code(recipe: Recipe) -> None:
+    """Raises: EngineError E2.86 for a recipe that names code, which nobody allowed: each of its trainings would end."""
+    if any(":" in name for name in recipe.evaluation.extra_metrics):
+        what = "sweeps and folds run no code that a recipe names"
+        raise EngineError("E2.86", what, "evaluation.extra_metrics", "leave it out; bertscore may stay")
 
 
 def train(

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -161,6 +162,19 @@ def open_subject(
         torch.set_num_threads(recipe.runtime.num_threads)
     predictor = Predictor.from_run(folder, device=device)
     return Subject(home, folder, recipe, predictor, examples, predictor.features(examples), Path(source).name)
+
+
+def refuse_other_rows(
+    examples: Sequence[Example], name: str | Path, others: Sequence[Example], first: str | Path
+) -> None:
+    """What is decoded together or compared is row for row the same dialogue, as each recipe reads the file.
+
+    Raises: EngineError E3.53 naming the first id that is not where it is in `first`.
+    """
+    pairs = zip_longest(*([(row.id, row.dialogue) for row in rows] for rows in (others, examples)))
+    if odd := [other or own for other, own in pairs if other != own]:
+        what = f"its rows differ from those of {first}: {len(odd)}, such as {odd[0][0]}"
+        raise EngineError("E3.53", what, str(name), "give --input, and models that read it alike (data.*)")
 
 
 @contextmanager

@@ -23,10 +23,13 @@ def spaced(dialogue: str) -> str:
 
 
 def as_row(example: Example, settings: Data, **provenance: Any) -> dict[str, Any]:
-    """A row under the recipe's column names, and what else is to be known of it. Ids get a column `id` if it names none."""
+    """A row under the recipe's column names, and what else is to be known of it. Ids get a column `id` if it names none.
+
+    Every row has all columns: a summary that it lacks is an empty cell, which the reader takes for a missing one.
+    """
     summaries = [settings.summary_column] if isinstance(settings.summary_column, str) else settings.summary_column
     row = {settings.id_column or "id": example.id, settings.text_column: example.dialogue}
-    row |= dict(zip(summaries, example.references, strict=False))
+    row |= dict.fromkeys(summaries, "") | dict(zip(summaries, example.references, strict=False))
     if settings.topic_column is not None:
         row[settings.topic_column] = example.topic or ""
     return row | provenance

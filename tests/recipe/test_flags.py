@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 
 from engine import predict, train
@@ -49,3 +51,31 @@ def test_overrides_and_options_may_stand_in_any_order():
     options = train.parse(["--debug", "a.yaml", "training.seed=1", "--resume", "auto", "training.optim=x"])
     assert (options.recipe, options.overrides) == ("a.yaml", ["training.seed=1", "training.optim=x"])
     assert options.debug and options.resume == "auto" and train.parse(["a.yaml"]).overrides == []
+
+
+BEHIND = "data.text_column=대화"
+
+
+@pytest.mark.parametrize(
+    ("tool", "arguments"),
+    [
+        ("augment", ["a.csv", "--output", "o.csv", "--methods", "speakers", "window", BEHIND]),
+        ("augment", ["a.csv", "--output", "o.csv", "--methods", "speakers", "--dev", "d.csv", BEHIND, "--seed", "1"]),
+        ("pseudo_label", ["run", "--input", "a.csv", "--output", "o.csv", "--exclude", "d.csv", BEHIND]),
+        ("kfold", ["a.yaml", BEHIND, "--folds", "3"]),
+        ("sweep", ["a.yaml", "--set", "training.seed=1,2", "--trials", "2", BEHIND]),
+    ],
+)
+def test_settings_may_stand_behind_any_option(tool, arguments):
+    options = importlib.import_module(tool).parse(arguments)
+    assert options.overrides == [BEHIND]
+
+
+def test_an_option_keeps_the_settings_that_it_wants():
+    sweep = importlib.import_module("sweep").parse
+    options = sweep(["a.yaml", "training.seed=7", "--set", "lora.r=8,16", "training.learning_rate=1e-4,2e-4"])
+    assert options.overrides == ["training.seed=7"]
+    assert options.set == ["lora.r=8,16", "training.learning_rate=1e-4,2e-4"]
+    options = predict.parse(["run", "--input", "data.csv=1", "--output", "data.x=2"])
+    assert (options.input, options.output, options.overrides) == ("data.csv=1", "data.x=2", [])
+    assert train.parse(["a.yaml", "modell.name=x"]).overrides == ["modell.name=x"], "the recipe answers a wrong section"

@@ -156,7 +156,10 @@ def test_held_out_rows_and_files_are_never_touched(tmp_path, capsys):
 
     assert "held out" in refused("E2.92", dev, "--output", output, "--recipe", str(recipe))
     assert "held out" in refused("E2.92", dev, "--output", output, "--dev", dev)
-    assert "row_0" in refused("E3.7", train, "--output", output, "--recipe", str(recipe))
+    said = refused("E3.7", train, "--output", output, "--recipe", str(recipe))
+    assert "row_0" in said and "out of the training file" in said and "allow_overlap" not in said
+    overlap = ["--recipe", str(recipe), "data.allow_overlap=true"]
+    assert "data.allow_overlap" in refused("E2.92", train, "--output", output, *overlap)
     refused("E2.63", train, "--output", dev)
     refused("E2.37", train, "--output", str(tmp_path / "new.parquet"))
     refused("E2.2", train, "--output", output, "data.columns=x")
@@ -175,6 +178,17 @@ def test_held_out_rows_and_files_are_never_touched(tmp_path, capsys):
     (row,) = [json.loads(line) for line in Path(output).read_text(encoding="utf-8").splitlines()]
     assert row["source_id"] == "u" and row["fname"] == "u-speakers1"
     assert capsys.readouterr().out.splitlines()[1].split() == ["speakers", "1", "0", "0", "1"]
+
+
+def test_rows_with_several_summaries_need_not_have_all_of_them(tmp_path):
+    rows = [{"fname": "a", "dialogue": DIALOGUE, "s1": SUMMARY, "s2": ""}]
+    rows += [rows[0] | {"fname": "b", "dialogue": DIALOGUE.replace("307", "512"), "s2": "둘은 방을 확인한다."}]
+    source, output = write(tmp_path, "two.csv", as_csv(rows)), tmp_path / "new.csv"
+    arguments = [str(source), "--output", str(output), "--methods", "speakers", "--keep-original"]
+    assert augment.main([*arguments, "data.summary_column=[s1, s2]"]) == 0
+    assert [row["s2"] for row in rows_of(output)] == ["", rows[1]["s2"]] * 2
+    read = read_examples(output, Data(summary_column=["s1", "s2"]), require_summary=True)
+    assert [len(row.references) for row in read] == [1, 2, 1, 2]
 
 
 @pytest.mark.slow

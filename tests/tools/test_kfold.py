@@ -65,12 +65,20 @@ def recipe(tmp_path):
         (["evaluation.strategy=no"], "every held-out row is decoded"),
         (["data.test_file=null", "--sample-submission", "sample.csv"], "no test rows"),
         (["training.lr=1"], "training.lr"),
+        (["evaluation.extra_metrics=[mine:score]"], "run no code that a recipe names"),
     ],
 )
 def test_refused_before_anything_starts(recipe, tmp_path, arguments, why):
     with pytest.raises(EngineError, match=why) as error:
         kfold.main([str(recipe), *arguments, "--output", str(tmp_path / "out")])
     assert error.value.exit_code == 2 and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["quickstart", "kobart", "qwen3_4b_qlora"])
+def test_shipped_recipes_are_taken_as_they_are(name, tmp_path):
+    """Their evaluations decode a subset, and folds decode every row that is held out."""
+    options = kfold.parse([name, f"data.train_file={tmp_path}", f"data.validation_file={tmp_path}"])
+    assert kfold.read_recipe(options).evaluation.max_samples is None
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -92,7 +100,7 @@ def parrot(trained: list[int], broken: set[int]):
         own = {"dev": Path(files["data.validation_file"]), "test": run.parent.parent / "test.jsonl"}
         (run / "predictions").mkdir(parents=True)
         for name, path in own.items():
-            rows = [row | {"id": row["fname"], "reference": row["summary"]} for row in rows_of(path)]
+            rows = [row | {"id": row["fname"], "reference": row.get("summary", "")} for row in rows_of(path)]
             rows = [row | {"prediction": row["dialogue"].split("\n")[-1] + f" {number % 2}"} for row in rows]
             write_predictions(run / "predictions" / f"{name}-step7.csv", rows)
         write_json_atomically(run / "results.json", {"best_step": 7})
@@ -161,6 +169,24 @@ def test_rows_without_ids_find_their_place(recipe, tmp_path, monkeypatch):
     assert kfold.main([*arguments, "--output", str(tmp_path / "k")]) == 0
     found = rows_of(tmp_path / "k" / "out_of_fold.csv")
     assert [row["prediction"] for row in found] == [row["summary"] for row in rows]
+
+
+def test_rows_with_several_summaries_need_not_have_all_of_them(recipe, tmp_path, monkeypatch):
+    """The first row has one summary, others two; so have the test rows, of which the first has none."""
+    rows = [row | {"s1": row["summary"]} for row in rows_of(tmp_path / "train.jsonl")]
+    rows = [row | {"s2": "다른 요약." if number % 2 else ""} for number, row in enumerate(rows)]
+    (tmp_path / "train.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    tests = [{"s1": "", "s2": ""} | row for row in rows_of(tmp_path / "test.jsonl")[:1]] + rows[1:3]
+    (tmp_path / "test.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in tests), encoding="utf-8")
+    monkeypatch.setattr(folding, "train", parrot([], set()))
+    arguments = [str(recipe), "--folds", "2", "--output", str(tmp_path / "k")]
+    assert kfold.main([*arguments, "data.summary_column=[s1, s2]"]) == 0
+    assert [row["s2"] for row in rows_of(tmp_path / "k" / "out_of_fold.csv")] == [row["s2"] for row in rows]
+    assert [row["s2"] for row in rows_of(tmp_path / "k" / "test.csv")] == ["", "다른 요약.", ""]
+    data = Data(summary_column=["s1", "s2"])
+    for name in ("train-1.jsonl", "dev-1.jsonl", "out_of_fold.csv"):
+        read = read_examples(tmp_path / "k" / name, data, require_summary=True)
+        assert {len(row.references) for row in read} == {1, 2}
 
 
 # --- processes ---

@@ -95,6 +95,9 @@ def test_rows_are_labelled_filtered_and_told(place, capsys):
 
     assert pseudo_label.main([*arguments, "--output", str(half), "--keep-share", "0.5"]) == 0
     assert rows_of(half) == rows[:6], "half of 11, rounded"
+    assert "5 below score 0." in capsys.readouterr().out, (
+        "what is kept is kept by the score, unless --by says otherwise"
+    )
     assert pseudo_label.main([*arguments, "--output", str(sure), "--by", "margin", "--min-confidence", "1.85"]) == 0
     kept = [json.loads(line) for line in sure.read_text(encoding="utf-8").splitlines()]
     assert [(row["fname"], row["margin"]) for row in kept] == [("new_0", 1.9)]

@@ -60,6 +60,9 @@ def test_one_commit_takes_the_files(model, monkeypatch, online, capsys):
         def create_repo(self, name, **settings):
             calls.append((name, settings))
 
+        def repo_info(self, name):
+            return SimpleNamespace(private=True)
+
         def create_commit(self, name, operations, **settings):
             calls.append((name, sorted(operation.path_in_repo for operation in operations)))
             return SimpleNamespace(commit_url="https://example.com/commit/1")
@@ -72,6 +75,26 @@ def test_one_commit_takes_the_files(model, monkeypatch, online, capsys):
     assert calls[0] == ("me/model", {"private": True, "exist_ok": True})
     assert calls[1] == ("me/model", sorted(path.name for path in model.iterdir() if path.name != "notes.csv"))
     assert capsys.readouterr().out.endswith("https://example.com/commit/1\n")
+
+
+@pytest.mark.parametrize("there_is", ["private", "public"])
+def test_private_means_private_also_where_the_repository_is_there(model, monkeypatch, online, there_is):
+    """create_repo leaves one that is there as it is."""
+    made = []
+
+    class Api:
+        create_repo = staticmethod(lambda name, **settings: None)
+        repo_info = staticmethod(lambda name: SimpleNamespace(private=there_is == "private"))
+        create_commit = staticmethod(lambda *given, **settings: made.append(given) or SimpleNamespace(commit_url="x"))
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    command = [str(model), "--repo", "me/model"]
+    if there_is == "private":
+        assert push_to_hub.main([*command, "--private"]) == 0 and len(made) == 1
+        return
+    with pytest.raises(EngineError, match=r"E2\.137.*me/model.*nothing was uploaded"):
+        push_to_hub.main([*command, "--private"])
+    assert made == [] and push_to_hub.main(command) == 0 and len(made) == 1
 
 
 @pytest.mark.parametrize("status", [None, 401])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import results_table
@@ -36,6 +38,36 @@ def test_a_run_becomes_a_record_and_a_row(trained, tmp_path, capsys):
     low, high = results["intervals"]["dev"]
     assert f"{results['metrics']['rouge_mean']:.2f} | {low:.2f} to {high:.2f}" in row and "dev, 6 rows" in row
     assert results["code"]["commit"] is None or results["code"]["commit"][:12] in row
+
+
+def test_runs_of_one_recipe_are_kept_beside_each_other(trained, tmp_path, capsys):
+    record, kept = json.loads((trained[0] / "run" / "results.json").read_text(encoding="utf-8")), tmp_path / "kept"
+    for seed in (1, 2, 3):
+        (tmp_path / f"{seed}.json").write_text(json.dumps(record | {"best_step": seed}), encoding="utf-8")
+    assert results_table.main([str(tmp_path / "1.json"), "--keep", str(kept)]) == 0
+    assert [path.name for path in kept.iterdir()] == ["run.json"]
+    assert results_table.main([*(str(tmp_path / f"{seed}.json") for seed in (1, 2, 3)), "--keep", str(kept)]) == 0
+    steps = {path.name: json.loads(path.read_text(encoding="utf-8"))["best_step"] for path in kept.iterdir()}
+    assert sorted(steps.values()) == [1, 2, 3] and steps["run.json"] == 1
+    assert all(re.fullmatch(r"run(-[0-9a-f]{8})?\.json", name) for name in steps)
+    # what is kept already stays as it is; the same record is found again
+    capsys.readouterr()
+    assert results_table.main([str(tmp_path / "2.json"), "--keep", str(kept)]) == 0
+    (told,) = capsys.readouterr().err.splitlines()
+    assert steps[Path(told.split()[-1]).name] == 2 and len(list(kept.iterdir())) == 3
+    with pytest.raises(EngineError, match=r"E2\.77"):
+        results_table.main([str(tmp_path / "3.json")] * 2 + ["--keep", str(kept)])
+
+
+@pytest.mark.parametrize("name", ["../../x", "", ".x", "a/b", None, 7])
+def test_a_name_that_no_recipe_has_is_no_records(name, trained, tmp_path):
+    record = json.loads((trained[0] / "run" / "results.json").read_text(encoding="utf-8"))
+    path = tmp_path / "a" / "b" / "results.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(record | {"recipe": record["recipe"] | {"name": name}}), encoding="utf-8")
+    with pytest.raises(EngineError, match=r"E5\.62"):
+        results_table.main([str(path), "--keep", str(path.parent)])
+    assert [path.name for path in tmp_path.rglob("*.json")] == ["results.json"]
 
 
 @pytest.mark.parametrize("text", ["", "{begin}\n", "{end}\n{begin}\n", "{begin}\n{end}\n{begin}\n{end}\n"])

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import tiny
@@ -93,6 +97,37 @@ def test_a_model_that_takes_too_long_is_ended_with_its_children(tool, place, mon
     assert "rouge_sum" not in row
 
 
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_screening_takes_its_models_process_along(root, place, tmp_path, number):
+    """Nobody would end it, and it would hold the device."""
+    command = [sys.executable, str(root / "tools" / "screen.py"), str(place / "bart.yaml")]
+    parent = subprocess.Popen([*command, "data.max_validation_samples=4", "--output", str(tmp_path)])
+    children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+    while not (found := children.read_text().split()):
+        assert parent.poll() is None
+        time.sleep(0.02)
+    parent.send_signal(number)
+    parent.wait()
+    model = Path(f"/proc/{found[0]}/stat")
+    limit = time.monotonic() + 100
+    with contextlib.suppress(FileNotFoundError):
+        while model.read_text().rpartition(")")[2].split()[0] != "Z":
+            assert time.monotonic() < limit
+            time.sleep(0.02)
+    assert not (tmp_path / "bart.metrics.json").exists(), "the model was screened to the end for nobody"
+
+
+def test_a_table_of_models_that_wrote_nothing(tool):
+    """`evaluation.generate: false`: losses, no ROUGE; they stand behind those that have some."""
+    quiet = {"recipe": "quiet", "model": "m", "status": "ok", "loss": 2.5, "samples_per_second": 3.0}
+    quiet = dict.fromkeys(tool.COLUMNS) | quiet
+    scored = quiet | {"recipe": "scored", "rouge_tokenizer": "char", "capped_rate": 0.5, "peak_memory_gib": 1.0}
+    scored |= dict.fromkeys(("rouge1", "rouge2", "rougeL"), 20.0) | {"rouge_sum": 0.0}
+    lines = tool.table([quiet, scored]).splitlines()
+    assert [line.split()[0] for line in lines] == ["recipe", "scored", "quiet", "ROUGE"]
+    assert lines[2].split() == ["quiet", "3.00", "2.500", "m"] and len(tool.table([quiet]).splitlines()) == 2
+
+
 def test_a_damaged_record_is_run_again(tool, place):
     record = place / "damaged.json"
     for text in ("", "[]", "{}", json.dumps({"fingerprint": 1, "row": None})):
@@ -103,3 +138,5 @@ def test_a_damaged_record_is_run_again(tool, place):
 def test_arguments(tool, place, capsys):
     assert tool.main(["--output", str(place / "o"), str(place / "bart.yaml"), str(place / "x" / "bart.yaml")]) == 2
     assert "same file name" in capsys.readouterr().err
+    behind = [str(place / "bart.yaml"), "--output", str(place / "o"), "--timeout", "0.1", "data.max_source_length=99"]
+    assert tool.main(behind) == 4 and "not done after 0.1 s" in capsys.readouterr().out

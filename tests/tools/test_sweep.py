@@ -83,7 +83,7 @@ def recipe(tmp_path):
         (["experiment.output_dir=x", "--set", RATES], "a folder of its own"),
         (["--set", RATES, "evaluation.strategy=no"], "evaluates none"),
         (["--set", RATES, "--metric", "bleu"], "evaluation.metric must be"),
-        (["--set", RATES, "evaluation.extra_metrics=[mine:score]"], "runs no code that a recipe names"),
+        (["--set", RATES, "evaluation.extra_metrics=[mine:score]"], "run no code that a recipe names"),
     ],
 )
 def test_refused_before_anything_starts(recipe, tmp_path, arguments, why):
