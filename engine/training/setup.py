@@ -65,11 +65,12 @@ def read_splits(recipe: Recipe, runtime: Runtime, metrics: Mapping[str, Metric] 
         if settings.validation_file is not None and recipe.evaluation.strategy != "no":
             dev = read(settings.validation_file, settings.max_validation_samples)
             rows.check_splits(train, dev, allow_overlap=settings.allow_overlap)
-            if recipe.evaluation.generate:
-                try_scoring(recipe.evaluation)
-                try_metrics(metrics, dev, runtime)
         if settings.test_file is not None:
             test = read(settings.test_file, settings.max_test_samples, require_summary=False)
+        scored = dev or (test if all(row.references for row in test) else [])
+        if scored and recipe.evaluation.generate:
+            try_scoring(recipe.evaluation.rouge_tokenizer)
+            try_metrics(metrics, scored, runtime)
     return Splits(train, dev, test)
 
 

@@ -13,6 +13,7 @@ from engine.errors import EngineError
 from engine.prediction.files import examples_of, open_input, write
 from engine.prediction.summarizer import Summary
 from engine.recipe.schema import Recipe
+from engine.scoring import rouge
 
 
 @pytest.mark.parametrize(
@@ -28,6 +29,20 @@ def test_outputs_are_refused_before_anything_is_decoded(trained, tmp_path, outpu
         predict.main([str(folder / "run"), "--input", str(source), "--output", target])
     assert caught.value.exit_code == code and "nothing was decoded" in str(caught.value)
     assert source.read_bytes() == before and [path.name for path in tmp_path.iterdir()] == ["in.csv"]
+
+
+def test_what_scoring_lacks_is_told_before_anything_is_decoded(trained, tmp_path, monkeypatch):
+    folder, _ = trained
+
+    def broken(text, tokenizer):
+        raise RuntimeError("no dictionary")
+
+    monkeypatch.setattr(rouge, "tokenize", broken)
+    monkeypatch.setattr(predict, "decode_rest", None)
+    arguments = [str(folder / "run"), "--input", str(folder / "dev.jsonl"), "--output", str(tmp_path / "out.csv")]
+    with pytest.raises(EngineError, match=r"E3\.40.*no dictionary"):
+        predict.main(arguments)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_row_that_cannot_be_prompted_is_named_by_file_row_and_id(trained, tmp_path):

@@ -14,9 +14,15 @@ from engine import train
 from engine.errors import EngineError
 from engine.recipe.schema import Recipe
 from engine.runtime.exits import main_guard
+from engine.scoring import rouge
 from engine.training import setup
 
-ALONE = SimpleNamespace(ranks=SimpleNamespace(together=lambda what: nullcontext()))
+ALONE = SimpleNamespace(
+    ranks=SimpleNamespace(together=lambda what: nullcontext()),
+    is_main=True,
+    random_state=lambda: None,
+    restore_random_state=lambda state: None,
+)
 
 
 def test_dry_run_writes_nothing(tmp_path, capsys):
@@ -51,6 +57,34 @@ def test_validation_dialogues_must_not_be_training_dialogues(tmp_path):
     with pytest.raises(EngineError, match=r"E3\.7"):
         setup.read_splits(Recipe(data=files), ALONE)
     assert len(setup.read_splits(Recipe(data=files | {"allow_overlap": True}), ALONE).dev) == 5
+
+
+@pytest.fixture
+def without_dictionary(monkeypatch):
+    def broken():
+        raise RuntimeError("no dictionary")
+
+    monkeypatch.setattr(rouge, "_mecab", broken)
+    rouge.tokenize.cache_clear()
+
+
+@pytest.mark.parametrize("test_file", ["dev.jsonl", "bare.jsonl"])
+def test_scoring_is_tried_where_only_the_test_split_is_scored(tmp_path, without_dictionary, test_file):
+    files = {f"{name}_file": str(tiny.write_rows(tmp_path / f"{name}.jsonl", 3)) for name in ("train", "dev")}
+    (tmp_path / "bare.jsonl").write_text('{"fname": "a", "dialogue": "안녕?"}\n', encoding="utf-8")
+    data = {"train_file": files["train_file"], "test_file": str(tmp_path / test_file)}
+    recipe = Recipe(data=data, evaluation={"strategy": "no"})
+    with nullcontext() if test_file == "bare.jsonl" else pytest.raises(EngineError, match=r"E3\.40.*no dictionary"):
+        setup.read_splits(recipe, ALONE)
+    silent = Recipe(data=data, evaluation={"strategy": "no", "generate": False, "metric": "loss"})
+    assert len(setup.read_splits(silent, ALONE).test) > 0
+
+
+def test_metrics_are_tried_where_only_the_test_split_is_scored(tmp_path):
+    path = str(tiny.write_rows(tmp_path / "rows.jsonl", 3))
+    recipe = Recipe(data={"train_file": path, "test_file": path}, evaluation={"strategy": "no"})
+    with pytest.raises(EngineError, match=r"E3\.41.*metric typo"):
+        setup.read_splits(recipe, ALONE, {"typo": lambda predictions, references: {}["x"]})
 
 
 @pytest.mark.slow
