@@ -13,6 +13,7 @@ from engine.checkpoints.identity import identity_of
 from engine.checkpoints.store import CheckpointStore, refusing
 from engine.data import encode, rows
 from engine.data.feature_cache import FeatureCache
+from engine.errors import EngineError
 from engine.evaluation.evaluate import NO_METRICS, Split, try_metrics, try_scoring
 from engine.evaluation.extras import Extras
 from engine.models import adapters, sharding, tokenization, weights
@@ -21,6 +22,7 @@ from engine.prediction.summarizer import Summarizer
 from engine.recipe.dump import dump
 from engine.reporting.tracking import Tracker
 from engine.runtime.atomic import write_text_atomically
+from engine.runtime.faults import first_line
 from engine.training import distribution, memory, optim, unused
 from engine.training.batch_size import plan_line, window_sampler, with_fitting_batch
 from engine.training.blueprint import blueprint
@@ -205,14 +207,8 @@ def _store(
 def dry_run(recipe: Recipe, runtime: Runtime) -> dict[str, Any]:
     """Everything up to the first batch, and what the run would cost, printed and returned."""
     splits = read_splits(recipe, runtime)
-    estimate = memory.estimate(
-        recipe,
-        precision=runtime.precision,
-        device=runtime.device,
-        world_size=runtime.world_size,
-        sharded=distribution.sharded(recipe, runtime),
-    )
-    if runtime.is_main:
+    estimate = _estimate(recipe, runtime, sharded=distribution.sharded(recipe, runtime))
+    if runtime.is_main and estimate is not None:
         print(memory.table(estimate, runtime.device), flush=True)  # before the model is loaded, which may not fit
     bundle = blueprint(recipe, device=runtime.device, precision=runtime.precision)
     bundle = bundle or build_model(recipe, device=runtime.device, precision=runtime.precision)
@@ -235,6 +231,18 @@ def dry_run(recipe: Recipe, runtime: Runtime) -> dict[str, Any]:
         print("first batch:", ", ".join(f"{name} {tuple(shape)}" for name, shape in shapes.items()))
         print("dry run: nothing was trained or written")
     return counts | {"first_batch": shapes, "memory": estimate}
+
+
+def _estimate(recipe: Recipe, runtime: Runtime, *, sharded: bool) -> dict[str, Any] | None:
+    """`memory.estimate`; None, with a line, for a model whose own code does not run on shapes alone."""
+    ranks = {"device": runtime.device, "world_size": runtime.world_size, "sharded": sharded}
+    try:
+        return memory.estimate(recipe, precision=runtime.precision, **ranks)
+    except Exception as error:
+        if isinstance(error, EngineError) or not recipe.model.trust_remote_code:
+            raise
+        log.warning("no memory estimate: the model's own code does not run on shapes alone (%s)", first_line(error))
+        return None
 
 
 def _log_plan(

@@ -6,6 +6,7 @@ import shutil
 from contextlib import nullcontext
 from types import SimpleNamespace
 
+import own_code
 import pytest
 import runs
 import tiny
@@ -42,6 +43,22 @@ def test_dry_run_needs_no_weights(tmp_path, family):
     assert runs.train(recipe, dry_run=True) == with_weights
     with pytest.raises(EngineError, match="E4.3.*no weights"):
         runs.train(recipe)
+
+
+@pytest.mark.parametrize(("line", "known"), [("pass", True), ("int(input_ids.max())", False)])
+def test_dry_run_of_a_model_with_code_of_its_own(tmp_path, monkeypatch, capsys, line, known):
+    """Its memory is estimated where its code runs on shapes alone; it does not where it looks at a value."""
+    own_code.save(tmp_path / "model", tmp_path / "ran", monkeypatch, line=line)
+    recipe = runs.write_recipe(tmp_path, "llama")
+    with pytest.raises(EngineError, match="E4.2"):
+        runs.train(recipe, dry_run=True)
+    assert not (tmp_path / "ran").exists()
+    flags = ("model.trust_remote_code=true", f"model.revision={own_code.PINNED}")
+    assert (runs.train(recipe, *flags, dry_run=True)["memory"] is not None) is known
+    told = capsys.readouterr()
+    assert (tmp_path / "ran").exists() and "dry run: nothing was trained" in told.out
+    assert ("memory estimate for one device" in told.out) is known
+    assert ("no memory estimate" in told.err) is not known
 
 
 def test_only_the_files_that_the_run_uses_are_read(tmp_path):
