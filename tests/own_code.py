@@ -22,7 +22,7 @@ class Own(LlamaForCausalLM):
 
 
 def save(folder: Path, ran: Path, patch: pytest.MonkeyPatch, *, line: str = "pass") -> Path:
-    """A tiny Llama whose class comes with it; importing that makes the folder `ran`. `line` is the first of its forward."""
+    """A tiny Llama whose class comes with it; importing it makes the folder `ran`. `line` begins its forward."""
     modules = folder.with_name(f"{folder.name}-modules")  # the cache of such code, which is imported from there
     patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(modules))
     patch.syspath_prepend(str(modules))

@@ -84,7 +84,7 @@ class Scores:
 
 
 def try_scoring(rouge_tokenizer: str) -> None:
-    """Score one word, so that what scoring lacks is known before the first update or decoded row and not after the last.
+    """Score one word, so that what scoring lacks is known before the first update or decoded row, not after the last.
 
     Raises:
         EngineError: E3.40 where the tokenizer or ROUGE itself cannot be used on this machine.
@@ -99,7 +99,7 @@ def try_scoring(rouge_tokenizer: str) -> None:
 
 
 def try_metrics(own: Mapping[str, extra.Metric], rows: Sequence[Example], runtime: Runtime) -> None:
-    """Ask the user's metrics once, as `try_scoring`: about the first two of `rows`, whose references stand for predictions.
+    """Ask the user's metrics once, as `try_scoring`: about the first two rows, whose references stand for predictions.
 
     Raises:
         EngineError: E3.41 for one that fails; one that is NaN there may be a number for other texts.
