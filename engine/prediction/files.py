@@ -27,6 +27,7 @@ from engine.scoring import endings, rouge
 if TYPE_CHECKING:
     from engine.prediction.summarizer import Summary
     from engine.recipe.schema import Recipe
+    from engine.runtime.ranks import RankGroup
 
 log = logging.getLogger("engine.predict")
 _ELSEWHERE = "free some space or choose another --output, then run again"
@@ -34,19 +35,27 @@ _ELSEWHERE = "free some space or choose another --output, then run again"
 _OTHER_FORMATS = {".parquet", ".pq", ".json", ".xlsx", ".gz", ".zip"}
 
 
-def open_input(path: str, recipe: Recipe) -> ExampleFile | ExampleList:
+def open_input(path: str, recipe: Recipe, ranks: RankGroup) -> ExampleFile | ExampleList:
     """Rows of a CSV, JSONL or parquet file, checked in full but not held; or dialogues from standard input (`-`), one per line
     with `\\n` for newlines, which are.
+
+    All ranks call it: they have one standard input, which rank 0 reads for all.
 
     Raises:
         EngineError: E3 naming file and row.
     """
-    if path == "-":
-        lines = [line.rstrip("\n").replace("\\n", "\n") for line in sys.stdin if line.strip()]
-        if not lines:
-            raise EngineError("E3.32", "standard input holds no dialogue", "-", "write one dialogue per line")
-        return ExampleList(examples_of(lines, file="standard input"))
-    return ExampleFile(path, recipe.data)
+    if path != "-":
+        return ExampleFile(path, recipe.data)
+    with ranks.together("reading standard input"):
+        lines = _standard_input() if ranks.is_main else None
+    return ExampleList(examples_of(ranks.broadcast(lines), file="standard input"))
+
+
+def _standard_input() -> list[str]:
+    lines = [line.rstrip("\n").replace("\\n", "\n") for line in sys.stdin if line.strip()]
+    if not lines:
+        raise EngineError("E3.32", "standard input holds no dialogue", "-", "write one dialogue per line")
+    return lines
 
 
 def examples_of(dialogues: Sequence[str], topics: Sequence[Any] | None = None, *, file: str = "") -> list[Example]:

@@ -10,16 +10,18 @@ import own_code
 import pytest
 import runs
 import tiny
+from runtime_toys import in_ranks
 
 from engine import train
 from engine.errors import EngineError
 from engine.recipe.schema import Recipe
 from engine.runtime.exits import main_guard
+from engine.runtime.ranks import RankGroup
 from engine.scoring import rouge
 from engine.training import setup
 
 ALONE = SimpleNamespace(
-    ranks=SimpleNamespace(together=lambda what: nullcontext()),
+    ranks=RankGroup(),
     is_main=True,
     random_state=lambda: None,
     restore_random_state=lambda state: None,
@@ -102,6 +104,18 @@ def test_metrics_are_tried_where_only_the_test_split_is_scored(tmp_path):
     recipe = Recipe(data={"train_file": path, "test_file": path}, evaluation={"strategy": "no"})
     with pytest.raises(EngineError, match=r"E3\.41.*metric typo"):
         setup.read_splits(recipe, ALONE, {"typo": lambda predictions, references: {}["x"]})
+
+
+def test_ranks_with_unequal_test_files_are_told(tmp_path):
+    train = str(tiny.write_rows(tmp_path / "train.jsonl", 3))
+
+    def task(ranks):
+        test = tiny.write_rows(tmp_path / f"{ranks.rank}.jsonl", 3 + ranks.rank)
+        data = {"train_file": train, "test_file": str(test)}
+        recipe = Recipe(data=data, evaluation={"strategy": "no", "rouge_tokenizer": "char"})
+        return setup.read_splits(recipe, SimpleNamespace(ranks=ranks, is_main=ranks.is_main))
+
+    assert [getattr(error, "code", None) for error in in_ranks(2, task)] == ["E9.3"] * 2
 
 
 @pytest.mark.slow
