@@ -218,7 +218,9 @@ def dry_run(recipe: Recipe, runtime: Runtime) -> dict[str, Any]:
     features = encode.encode_all(encoder, splits.train, augment=recipe.data.instruction_augmentation)
     sampler = window_sampler(recipe, features, world_size=runtime.world_size, rank=runtime.rank)
     _log_plan(recipe, bundle, features, encoder, sampler)
-    first = bundle.collate([features[row] for row in sampler.window(0, 0)[0]])
+    # Where there are more ranks than rows, one gets a row of another, as in training.
+    micro = sampler.window(0, 0)[0] or sampler.global_window(0, 0)[:1]
+    first = bundle.collate([features[row] for row in micro])
     counts = {
         "parameters": bundle.report["parameters"],
         "trainable_parameters": bundle.report["trainable_parameters"],

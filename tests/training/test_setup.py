@@ -10,10 +10,12 @@ import own_code
 import pytest
 import runs
 import tiny
+import torch
 from runtime_toys import in_ranks
 
 from engine import train
 from engine.errors import EngineError
+from engine.recipe.load import load_recipe
 from engine.recipe.schema import Recipe
 from engine.runtime.exits import main_guard
 from engine.runtime.ranks import RankGroup
@@ -45,6 +47,14 @@ def test_dry_run_needs_no_weights(tmp_path, family):
     assert runs.train(recipe, dry_run=True) == with_weights
     with pytest.raises(EngineError, match="E4.3.*no weights"):
         runs.train(recipe)
+
+
+def test_dry_run_on_more_ranks_than_rows(tmp_path):
+    """The second rank has no row of the first update."""
+    recipe = load_recipe(runs.write_recipe(tmp_path, rows=1), ["distributed.strategy=ddp"])
+    second = {"rank": 1, "world_size": 2, "is_main": False, "device": torch.device("cpu"), "precision": "fp32"}
+    found = setup.dry_run(recipe, SimpleNamespace(ranks=RankGroup(), **second))
+    assert found["updates_per_epoch"] == 1 and found["first_batch"]["labels"][0] == 1
 
 
 @pytest.mark.parametrize(("line", "known"), [("pass", True), ("int(input_ids.max())", False)])
