@@ -97,8 +97,9 @@ def train_step(
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     grad_norm = full(torch.nn.utils.clip_grad_norm_(parameters, training.max_grad_norm or float("inf")))
     loss = runtime.ranks.sum_across_ranks(loss_sum) / max(1, window.tokens)
-    # The one wait for the device in an update: both numbers decide whether the weights may be touched at all.
-    loss, norm = torch.stack((loss.float(), grad_norm.float())).tolist()
+    # The one wait for the device in an update: both numbers decide whether the weights may be touched at all. The norm of
+    # gradients that are offloaded is on the host.
+    loss, norm = torch.stack((loss.float(), grad_norm.float().to(loss.device))).tolist()
 
     sound = check_finite(loss, norm, window, scaler, training)
     learning_rate = schedule.get_last_lr()[0]

@@ -213,10 +213,13 @@ class History:
                     safe="nothing was changed",
                 )
 
-    def adopt(self, folder: Path, best: dict[str, Any] | None) -> None:
+    def adopt(self, folder: Path, best: dict[str, Any] | None) -> dict[str, Any] | None:
         """Make a checkpoint the end of the history: newer ones are set aside, the pointers set right.
 
         What is newer is damaged, or whole and left behind because an older one was named on purpose.
+
+        Returns:
+            `best`, or where its checkpoint is lost, the next best.
         """
         step = step_of(folder)
         self.refuse_strangers(above=step)
@@ -225,21 +228,34 @@ class History:
             log.warning("%s is set aside as %s", newer.name, aside.name)
         self.set_last(step)
         if best is not None and not _is_whole(self.path_of(best["step"])):
-            best = self._next_best(best)
+            best = self._next_best(best["step"], best["metric"])
         if best is None:
             (self.run_dir / "best.json").unlink(missing_ok=True)
         self.set_best(best)
         self.rotate()  # the save that was killed may have been just about to
+        return best
 
-    def _next_best(self, lost: dict[str, Any]) -> dict[str, Any] | None:
-        """The best whole checkpoint by the metrics of the manifests, after the one pointed at was lost."""
-        metric, found = lost["metric"], []
+    def step_to_hand_on(self, step: int, metric: str) -> int:
+        """`step`, or where its save has failed, that of the best checkpoint by the manifests, or of the last one."""
+        if self.is_ours(self.path_of(step)):
+            return step
+        best, steps = self._next_best(step, metric), self.steps()
+        if not steps:
+            what = "no checkpoint was saved, so there is no model to hand on"
+            raise EngineError(
+                "E6.10", what, str(self.run_dir), "free some space, then train again", safe="the logs stay"
+            )
+        return best["step"] if best else steps[-1]
+
+    def _next_best(self, lost: int, metric: str) -> dict[str, Any] | None:
+        """The best whole checkpoint by the metrics of the manifests, instead of one that is not there."""
+        found = []
         for step in self.steps():
             value = read_json(self.path_of(step) / MANIFEST).get("metrics", {}).get(metric)
             if isinstance(value, int | float) and _is_whole(self.path_of(step)):
                 found.append((value if less_is_better(metric) else -value, step, value))
         _, step, value = min(found, default=(0, None, None))
-        log.warning("the best checkpoint, of step %s, is lost; next best: %s", lost["step"], step)
+        log.warning("the best checkpoint, of step %s, is not there; next best: %s", lost, step)
         return None if step is None else {"step": step, "metric": metric, "value": value}
 
 

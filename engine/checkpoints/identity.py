@@ -50,6 +50,8 @@ ALLOWABLE = (
     "runtime.*",
     "distributed.*",
 )
+# Another metric, other words, or other rows.
+_SCALE = ("evaluation.metric", "evaluation.rouge_tokenizer", "evaluation.max_samples", "evaluation.bertscore_model")
 _ROWS = ("world_size", "training.per_device_train_batch_size", "training.gradient_accumulation_steps")
 
 
@@ -88,8 +90,15 @@ def check_allowed(allowed: Sequence[str]) -> None:
             raise EngineError("E2.34", what, "--allow-change", "start a new run instead")
 
 
-def changes(stored: Mapping[str, Any], current: Mapping[str, Any], allowed: Sequence[str], where: Path) -> list[str]:
-    """Compare a checkpoint's identity with the present one; returns the allowed differences as text for the log.
+def scale_of_scores(keys: Iterable[str]) -> list[str]:
+    """Those of the keys without which an earlier score and a later one do not compare."""
+    return [key for key in keys if key in _SCALE]
+
+
+def changes(
+    stored: Mapping[str, Any], current: Mapping[str, Any], allowed: Sequence[str], where: Path
+) -> dict[str, str]:
+    """Compare a checkpoint's identity with the present one; returns the allowed differences by key, as text for the log.
 
     Raises:
         EngineError: E5.5 naming every other difference, with both values.
@@ -119,7 +128,7 @@ def changes(stored: Mapping[str, Any], current: Mapping[str, Any], allowed: Sequ
         )
         what = "this run differs from the checkpoint's: " + "; ".join(refused.values())
         raise EngineError("E5.5", what, str(where), step)
-    return list(differing.values())
+    return differing
 
 
 def _rows(identity: Mapping[str, Any]) -> int | None:

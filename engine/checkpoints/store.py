@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 from engine.checkpoints import manifest
 from engine.checkpoints.history import History
 from engine.checkpoints.host_copies import HostCopies
-from engine.checkpoints.identity import changes, check_allowed
+from engine.checkpoints.identity import changes, check_allowed, scale_of_scores
 from engine.checkpoints.state_files import flatten_state, read_state, write_state
 from engine.errors import STORAGE, EngineError
 from engine.runtime.atomic import file_record, free_bytes, fsync_file, reached, storage_error, write_json_atomically
@@ -57,7 +57,8 @@ class EngineState:
 
     Attributes:
         position: the trainer's own counters, JSON-safe.
-        best: {"step", "metric", "value"} of the best evaluation so far, or None.
+        best: {"step", "metric", "value"} of the best evaluation so far, or None. Once loaded: of those whose checkpoint is
+            still there, and None where this run scores otherwise.
         optimizer, scheduler, scaler: their `state_dict()`s.
         rng: `Runtime.random_state()` of this rank; None after a resume with more ranks than before.
     """
@@ -85,7 +86,7 @@ class _Save:
 
 
 class CheckpointStore:
-    """The checkpoints of one run folder. Every method but `mark_best` is called by all ranks together.
+    """The checkpoints of one run folder. Every method is called by all ranks together.
 
     Args:
         run_dir: the run folder, already locked by this run.
@@ -337,20 +338,18 @@ class CheckpointStore:
             temp.rename(trash)  # whichever rename comes first wins; the other one finds nothing
             shutil.rmtree(trash, ignore_errors=True)
 
-    # Pointers
+    # Result
 
-    def mark_best(self, step: int, metric: str, value: float) -> None:
-        """Point `best.json` at a step that is saved, or at one under way as soon as that is complete."""
-        if self.ranks.is_main:
-            self.history.set_best({"step": step, "metric": metric, "value": value})
+    def step_to_hand_on(self, step: int, metric: str) -> int:
+        """`step` where its checkpoint is there; else, after failed saves, that of the best by `metric`, or of the last.
 
-    def best_path(self) -> Path | None:
-        """Folder of the best checkpoint, if there is one. Call `wait` first."""
-        return self.history.pointed("best")
-
-    def last_path(self) -> Path | None:
-        """Folder of the latest checkpoint, if there is one. Call `wait` first."""
-        return self.history.pointed("last")
+        Raises:
+            EngineError: E6.10 where no checkpoint is there.
+        """
+        with self.ranks.together("choosing the final model"):
+            if self.ranks.is_main:
+                step = self.history.step_to_hand_on(step, metric)
+        return self.ranks.broadcast(step)
 
     # Resume
 
@@ -383,23 +382,30 @@ class CheckpointStore:
             EngineError: E5.5 with a list of differences when recipe, data, tokenizer or ranks are not the checkpoint's.
         """
         with self.ranks.together("loading a checkpoint"), refusing(folder):
-            state = self._read_state(folder)
+            state, changed = self._read_state(folder)
+        best = None
         with self.ranks.together("setting the pointers"):
             if self.ranks.is_main:
-                self.history.adopt(folder, state.best)
+                best = self.history.adopt(folder, state.best)
+        state.best = self.ranks.broadcast(best)
+        if state.best is not None and (keys := scale_of_scores(changed)):
+            log.warning("the best so far was scored with another %s: the search for the best begins anew", keys[0])
+            state.best = None  # its checkpoint stays, and stays pointed at until there is a new one
         self.runtime.status.last_checkpoint = folder.name
         return state
 
-    def _read_state(self, folder: Path) -> EngineState:
+    def _read_state(self, folder: Path) -> tuple[EngineState, list[str]]:
+        """And the keys of the identity that have changed, as allowed."""
         source = folder / ENGINE_STATE
         trainer = read_state(source, "trainer_state")
-        for text in changes(trainer["identity"], self.identity, self.allow_change, folder):
+        changed = changes(trainer["identity"], self.identity, self.allow_change, folder)
+        for text in changed.values():
             log.warning("changed on resume, as allowed: %s", text)
         parts = {name: read_state(source, name) for name in ("optimizer", "scheduler", "scaler")}
         own = f"rng-rank{self.ranks.rank}"
         same_ranks = trainer["identity"].get("world_size", self.ranks.world_size) == self.ranks.world_size
         rng = read_state(source, own) if same_ranks or (source / f"{own}.json").exists() else None
-        return EngineState(position=trainer["position"], best=_best(trainer["best"]), rng=rng, **parts)
+        return EngineState(position=trainer["position"], best=_best(trainer["best"]), rng=rng, **parts), [*changed]
 
 
 def refusing(folder: Path) -> AbstractContextManager[None]:

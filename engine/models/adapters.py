@@ -280,10 +280,15 @@ def adapter_tensors(model: PeftModel) -> dict[str, Tensor]:
     return get_peft_model_state_dict(model, save_embedding_layers=False)
 
 
-def frozen_rows(model: PeftModel) -> dict[str, Tensor]:
-    """Token rows that are stored with the adapter although they are not trained (`train_added_tokens: false`)."""
-    rows = (item for item in model.named_parameters() if "trainable_tokens_delta" in item[0])
-    return {name: parameter.detach() for name, parameter in rows if not parameter.requires_grad}
+def live_tensors(model: PeftModel) -> dict[str, Tensor]:
+    """What `adapter_tensors` holds under the model's own names, trained or not: token rows may be frozen
+    (`train_added_tokens: false`), and so are adapters that no gradient reaches."""
+    from peft import get_peft_model_state_dict
+
+    everything = model.state_dict(keep_vars=True)  # the parameters themselves
+    held = get_peft_model_state_dict(model, state_dict=everything, save_embedding_layers=False)
+    kept = {id(tensor) for tensor in held.values()}
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad or id(p) in kept}
 
 
 def loraplus_groups(

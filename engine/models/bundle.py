@@ -125,8 +125,6 @@ def save_model(bundle: ModelBundle, folder: str | Path, *, state_dict: Mapping[s
 def save_weights(bundle: ModelBundle, folder: Path, state_dict: Mapping[str, Tensor] | None = None) -> None:
     model = bare(bundle.model)
     if weights.is_adapted(model):
-        if state_dict is not None:
-            state_dict = adapters.frozen_rows(model) | dict(state_dict)
         model.save_pretrained(folder, save_embedding_layers=False, state_dict=state_dict)
         (folder / "README.md").unlink(missing_ok=True)  # peft's model card has no content of its own
         model.generation_config.save_pretrained(folder)

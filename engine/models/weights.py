@@ -180,7 +180,7 @@ def weights_of(model: nn.Module, keep: Callable[[Tensor], Tensor] | None = None)
     nothing; all ranks must call it.
     """
     if is_adapted(model):
-        live = {name: tensor.detach() for name, tensor in model.named_parameters() if tensor.requires_grad}
+        live = adapters.live_tensors(bare(model))
     else:
         live = model.state_dict()
     return sharding.gathered(live, keep) if sharding.is_sharded(model) else live

@@ -29,5 +29,9 @@ class Ahead(Generic[Made]):
         self._begin(self.following(*place))
         return made
 
+    def close(self) -> None:
+        """Let the thread go, without waiting for what it has begun: a process that ends waits for every thread."""
+        self.thread.shutdown(wait=False, cancel_futures=True)
+
     def _begin(self, place: tuple[int, ...]) -> None:
         self.begun = place, self.thread.submit(self.make, *place)

@@ -27,6 +27,7 @@ from engine.runtime.faults import blaming
 from engine.runtime.lock import taking_turns
 from engine.runtime.run_status import STATUS
 from engine.scoring import floors
+from engine.scoring.extra import key_of
 
 if TYPE_CHECKING:
     from engine.data.rows import Example
@@ -44,7 +45,8 @@ def write_results(job: Job, test: list[Example]) -> dict[str, Any]:
     shares = job.time_shares()
     job.tell_saved()
     # Where nothing was evaluated, none is the best, and the last one is taken.
-    chosen = job.state.best_step if job.state.best_step is not None else job.state.saved_step
+    wanted = job.state.best_step if job.state.best_step is not None else job.state.saved_step
+    chosen = job.store.step_to_hand_on(wanted, job.recipe.evaluation.metric)
     checkpoint = job.run_dir / f"checkpoint-{chosen}"
     with job.runtime.ranks.together("writing final_model"):
         if job.runtime.is_main:
@@ -120,7 +122,7 @@ def _record(job: Job, chosen: int, test: list[Example], tested: Mapping[str, Any
         "final_model_path": str(job.run_dir / "final_model"),
         "best_step": chosen,
         "best_metric": recipe.evaluation.metric,
-        "best_value": state.best_value,
+        "best_value": rows[-1].get(key_of(recipe.evaluation.metric)) if rows else state.best_value,
         "metrics": rows[-1] if rows else None,
         "test_metrics": test_metrics,
         "intervals": {"dev": dev, "test": tested.get("interval")},

@@ -120,12 +120,19 @@ class Job:
         )
         self.progress = Progress(self.runtime, schedule, done=self.state.step, windows=self.windows_done)
         computes_here = self.runtime.device.type == "cpu"  # then a second thread would only take its time
-        self.windows = self._make_window if computes_here else Ahead(self._make_window, self._following)
+        self.ahead = None if computes_here else Ahead(self._make_window, self._following)
         self.code = code_state()  # as it is loaded: the checkout may be another one when the run ends
         self.clock = time.perf_counter()
         self.told_share = False
         self.callbacks = self.extras.callbacks
         self.saving: int | None = None  # step of the save that `on_save` has not been told of
+
+    def close(self) -> None:
+        """Leave no bar on the terminal, no thread and no open file behind."""
+        self.progress.close()
+        if self.ahead is not None:
+            self.ahead.close()
+        self.tracker.close()
 
     # Where we are
 
@@ -149,7 +156,7 @@ class Job:
 
     def load_window(self, epoch: int, index: int) -> Window:
         """This rank's micro-batches of one update. Beside a GPU, those of the next are made while it computes these."""
-        return self.windows(epoch, index)
+        return (self.ahead or self._make_window)(epoch, index)
 
     def _following(self, epoch: int, index: int) -> tuple[int, int]:
         return (epoch, index + 1) if index + 1 < self.sampler.updates_per_epoch else (epoch + 1, 0)

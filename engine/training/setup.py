@@ -136,8 +136,7 @@ def prepare(
         try:
             yield job
         finally:
-            job.progress.close()
-            tracker.close()
+            job.close()
 
 
 def _load(
@@ -151,7 +150,7 @@ def _load(
     with refusing(found):
         weights.load_weights(bundle.model, found)
         learner.load_states(saved)
-        state = TrainerState.from_dict(saved.position)
+        state = TrainerState.from_dict(saved.position).with_best(saved.best)
     log.info("resumed at step %d from %s", state.step, found)
     return state, saved.rng
 

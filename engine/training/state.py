@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -94,6 +94,12 @@ class TrainerState:
         if all(cells.values()):
             shares |= {f"{part}_padding_share": padding[part] / cells[part] for part in cells}
         return shares
+
+    def with_best(self, best: Mapping[str, Any] | None) -> TrainerState:
+        """The same place with the best evaluation that is still there and of today's scale; with none, patience begins anew."""
+        if best is None:
+            return replace(self, best_step=None, best_value=None, evaluations_without_gain=0)
+        return replace(self, best_step=best["step"], best_value=best["value"])
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe; floats come back to the bit."""

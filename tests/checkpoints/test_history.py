@@ -73,18 +73,31 @@ def test_best_is_found_again_by_the_manifests(tmp_path):
         save(store, step, best=best, metrics={"rouge_sum": value})
     shutil.rmtree(tmp_path / "checkpoint-2")
     again = open_store(tmp_path)
-    again.load_state(again.find_resume("auto"))
+    state = again.load_state(again.find_resume("auto"))
     best = json.loads((tmp_path / "best.json").read_text())
-    assert (best["step"], best["value"]) == (3, 40.0)
+    assert (best["step"], best["value"]) == (3, 40.0) == (state.best["step"], state.best["value"])
 
 
 def test_best_json_follows_the_checkpoint_and_not_the_other_way_round(tmp_path):
     store = open_store(tmp_path, sync=False)
-    store.mark_best(5, "loss", 1.0)
-    assert store.best_path() is None
+    store.history.set_best({"step": 5, "metric": "loss", "value": 1.0})
+    assert store.history.pointed("best") is None
     save(store, 5, best={"step": 5, "metric": "loss", "value": 1.0})
     store.wait()
-    assert store.best_path() == tmp_path / "checkpoint-5"
+    assert store.history.pointed("best") == tmp_path / "checkpoint-5"
+
+
+def test_what_is_handed_on_is_there(tmp_path):
+    """Steps 2 and 4 are only in the trainer's counters: their saves failed under `on_save_error: continue`."""
+    store = open_store(tmp_path)
+    for step, value in [(1, 30.0), (3, 40.0), (5, 35.0)]:
+        save(store, step, metrics={"rouge_sum": value})
+    assert [store.step_to_hand_on(step, "rouge_sum") for step in (1, 2)] == [1, 3]
+    assert store.step_to_hand_on(4, "loss") == 5, "nothing was scored by it: the last"
+    for step in (1, 3, 5):
+        shutil.rmtree(tmp_path / f"checkpoint-{step}")
+    with pytest.raises(EngineError, match=r"error E6\.10"):
+        store.step_to_hand_on(5, "rouge_sum")
 
 
 def test_a_better_score_in_an_abandoned_future_is_forgotten(tmp_path):

@@ -7,7 +7,9 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import adapted
 import built
@@ -17,8 +19,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from engine.loss.cross_entropy import supervised_tokens
 from engine.models import sharding, weights
 from engine.models.build import build_model
+from engine.recipe.schema import Training
+from engine.train import train_step
+from engine.training import optim
+from engine.training.state import Window
 
 MEASURED = Path(__file__).resolve().parent.parent / "measured_ranks.py"
 
@@ -112,13 +119,23 @@ def test_on_a_gpu_a_sharded_model_trains_like_a_whole_one(alone_on_a_gpu, family
     device = alone_on_a_gpu
     plain, model = tiny.model(family).to(device), tiny.model(family)
     sharding.shard(model, device, param_dtype=None, cpu_offload=offload)
-    batch = {name: tensor.to(device) for name, tensor in tiny.batch_for(family).items()}
+    batch, training = tiny.batch_for(family), Training(learning_rate=1e-3, warmup_steps=0)
+    window = Window([batch], int(supervised_tokens(batch)), all_tokens=60, ids=["row_1"])
+    runtime = SimpleNamespace(
+        world_size=1,
+        device=device,
+        ranks=SimpleNamespace(sum_across_ranks=lambda tensor: tensor),
+        autocast=nullcontext,
+        to_device=lambda batch: {name: tensor.to(device) for name, tensor in batch.items()},
+    )
     for one in (plain, model):
         optimizer = torch.optim.AdamW(one.eval().parameters(), lr=1e-3)  # without dropout
+        schedule, scaler = (
+            optim.build_schedule(optimizer, training, 10),
+            torch.amp.GradScaler(device.type, enabled=False),
+        )
         for _ in range(2):
-            one(**batch).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
+            assert train_step(one, window, optimizer, schedule, scaler, runtime, training).applied
     found = weights.weights_of(model)
     assert all(torch.allclose(found[name].cpu(), value.cpu(), atol=1e-5) for name, value in plain.state_dict().items())
 

@@ -82,7 +82,9 @@ def test_wrong_options_are_refused(place, wrong, capsys):
     assert "standard input has no shards" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("kind", [pytest.param("jsonl", marks=pytest.mark.slow), "csv", pytest.param("parquet", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kind", [pytest.param("jsonl", marks=pytest.mark.slow), "csv", pytest.param("parquet", marks=pytest.mark.slow)]
+)
 def test_merged_shards_are_the_file_of_a_plain_run(place, kind, capsys):
     source = place.folder / f"rows.{kind}"
     if kind == "parquet":

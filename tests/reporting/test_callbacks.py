@@ -53,7 +53,9 @@ def test_hooks_are_called_in_order_with_what_was_written(tmp_path):
     assert [row["rouge1"] for row in rows] == [row["rouge1"] for row in runs.rows_of(tmp_path / "run", "dev")]
 
 
-@pytest.mark.parametrize("hook", ["on_log", *(pytest.param(hook, marks=pytest.mark.slow) for hook in ("on_evaluation", "on_save", "on_end"))])
+@pytest.mark.parametrize(
+    "hook", ["on_log", *(pytest.param(hook, marks=pytest.mark.slow) for hook in ("on_evaluation", "on_save", "on_end"))]
+)
 def test_a_hook_that_fails_ends_the_run_saved_in_one_line(tmp_path, hook):
     notes = Notes(hook)
     recipe = recipe_of(tmp_path, checkpoint__sync=True)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import csv
+import errno
+import json
 import multiprocessing
+import shutil
 
 import pytest
 import runs
 
 from engine import load_recipe
+from engine.checkpoints.store import CheckpointStore
 from engine.reporting.tracking import rows_sha256
 from engine.train import run
 from engine.training.finish import append_result
@@ -125,3 +129,56 @@ def test_best_weights_are_the_final_model(trained):
     final = load_file(run_dir / "final_model" / "model.safetensors")
     assert best.keys() == final.keys() and all((best[name] == final[name]).all() for name in best)
     assert not (run_dir / "final_model" / "engine_state").exists()
+
+
+@pytest.mark.slow
+def test_a_best_checkpoint_that_is_lost_costs_no_run(tmp_path, monkeypatch, caplog):
+    """Deleted before a resume, or never saved under `on_save_error: continue`: the next best is handed on, and told."""
+    steps = "evaluation.strategy=steps evaluation.steps=1 checkpoint.strategy=steps checkpoint.steps=1".split()
+    steps += ["checkpoint.save_total_limit=null", "evaluation.generate=false", "evaluation.metric=loss"]
+    recipe = runs.write_recipe(tmp_path, rows=20)
+
+    def losses(run):
+        return {row["step"]: row["loss"] for row in runs.rows_of(run, "dev")}
+
+    whole = runs.train(recipe, *steps)
+    ranked = sorted(losses(tmp_path / "run"), key=losses(tmp_path / "run").get)
+    assert whole["best_step"] == ranked[0]
+    for name in ("results.json", "run_status.json"):
+        (tmp_path / "run" / name).unlink()
+    for folder in ("final_model", f"checkpoint-{ranked[0]}"):
+        shutil.rmtree(tmp_path / "run" / folder)
+    again = runs.train(recipe, *steps, resume="auto")
+    last = ranked[0] == max(ranked)  # then the resume trains it again
+    expected = ranked[0] if last else ranked[1]
+    assert again["best_step"] == expected and again["best_value"] == losses(tmp_path / "run")[expected]
+
+    real = CheckpointStore._write_manifest
+
+    def fail(self, job):
+        if job.step == ranked[0]:
+            raise OSError(errno.ENOSPC, "full")
+        real(self, job)
+
+    monkeypatch.setattr(CheckpointStore, "_write_manifest", fail)
+    other = f"experiment.output_dir={tmp_path / 'other'}"
+    found = runs.train(recipe, *steps, other, "checkpoint.on_save_error=continue")
+    assert found["best_step"] == ranked[1] and found["best_value"] == losses(tmp_path / "other")[ranked[1]]
+    assert (tmp_path / "other" / "final_model" / "model.safetensors").is_file()
+    assert f"of step {ranked[0]}, is not there; next best: {ranked[1]}" in caplog.text
+
+
+@pytest.mark.slow
+def test_scores_of_two_scales_are_not_compared(tmp_path):
+    """rouge_sum is thrice rouge_mean: a best of the one would stay the best for ever among the other's."""
+    steps = "evaluation.strategy=steps evaluation.steps=1 checkpoint.strategy=steps checkpoint.steps=1".split()
+    recipe = runs.write_recipe(tmp_path, rows=20)
+    runs.train(recipe, *steps, "evaluation.metric=rouge_sum")
+    run = tmp_path / "run"
+    for name in ("results.json", "run_status.json"):
+        (run / name).unlink()
+    allowed = ["evaluation.metric", "training.num_train_epochs"]
+    more = ["evaluation.metric=rouge_mean", "training.num_train_epochs=2"]
+    done = runs.train(recipe, *steps, *more, resume="auto", allow_change=allowed)
+    assert done["best_metric"] == "rouge_mean" and done["best_value"] == done["metrics"]["rouge_mean"]
+    assert done["best_step"] > 3 and json.loads((run / "best.json").read_text())["metric"] == "rouge_mean"

@@ -87,13 +87,18 @@ def test_a_job_beside_a_gpu_gets_the_same_windows():
     plain, ahead = job_of(), job_of()
     ahead.runtime.device = torch.device("cuda")
     ahead.__post_init__()
-    assert isinstance(ahead.windows, Ahead) and not isinstance(plain.windows, Ahead)
+    assert isinstance(ahead.ahead, Ahead) and plain.ahead is None
     places = [(epoch, index) for epoch in range(2) for index in range(plain.sampler.updates_per_epoch)]
     for place in places:
         ours, theirs = ahead.load_window(*place), plain.load_window(*place)
         assert ours.ids == theirs.ids
         for one, other in zip(ours.batches, theirs.batches, strict=True):
             assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    worker = next(iter(ahead.ahead.thread._threads))
+    ahead.progress, ahead.tracker = SimpleNamespace(close=list), SimpleNamespace(close=list)
+    ahead.close()
+    worker.join(timeout=10)
+    assert not worker.is_alive(), "a process that fails waits a minute for its threads"
 
 
 def test_a_learner_gets_its_states_back_and_refuses_those_of_another():

@@ -16,7 +16,9 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 from engine.data.encode import Feature
 from engine.errors import EngineError
+from engine.models import weights
 from engine.models.build import build_model
+from engine.models.bundle import save_model
 from engine.recipe.schema import Recipe
 from engine.runtime.process import start
 from engine.training import unused
@@ -166,3 +168,17 @@ def test_a_model_that_cannot_take_our_batches_is_refused_in_one_line(tmp_path):
     with pytest.raises(EngineError) as caught:
         kept_out("fsmt", tmp_path)
     assert caught.value.code == "E4.19" and "\n" not in str(caught.value) and "fsmt" in str(caught.value)
+
+
+def test_adapters_that_are_frozen_are_saved_all_the_same(tmp_path):
+    """LED's global attention gets no gradient here; without its adapters no checkpoint would load again."""
+    save("led", tmp_path / "base")
+    sections = {"model": {"name_or_path": str(tmp_path / "base")}, "training": {"precision": "fp32"}}
+    recipe = Recipe(lora={"enabled": True, "target_modules": "all-linear", "bias": "all"}, **sections)
+    bundle = build_model(recipe, device=torch.device("cpu"), precision="fp32")
+    with start(Recipe(runtime={"device": "cpu"}, **sections)) as runtime:
+        unused.keep_out(bundle, [Feature(list(range(5, 30)), [7, 8, 3], 0)], runtime)
+    frozen = [name for name, p in bundle.model.named_parameters() if "lora_" in name and not p.requires_grad]
+    assert frozen
+    save_model(bundle, tmp_path / "saved", state_dict=weights.weights_of(bundle.model))
+    weights.load_weights(bundle.model, tmp_path / "saved")

@@ -81,7 +81,9 @@ def main() -> int:
     parser.add_argument("--data", type=Path, required=True, help="CSV with dialogue and summary columns")
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder of a tokenizer")
     parser.add_argument("--rows", type=int, default=12_457)
-    parser.add_argument("--style", choices=["plain", "chat"], default="plain", help="chat: as a causal LM with a template")
+    parser.add_argument(
+        "--style", choices=["plain", "chat"], default="plain", help="chat: as a causal LM with a template"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--start", type=Path, help=argparse.SUPPRESS)
