@@ -64,6 +64,7 @@ after a kill."""
 
 def predict(options: argparse.Namespace, recipe: Recipe, runtime: Runtime) -> None:
     """Read, decode what is not decoded yet, write; with `--shard` a part of it, with `--merge-shards` the writing alone."""
+    from engine.evaluation.evaluate import try_scoring
     from engine.prediction import files, shards
     from engine.prediction.partial import PartialResults, all_in_order
     from engine.prediction.predictor import Predictor
@@ -71,10 +72,14 @@ def predict(options: argparse.Namespace, recipe: Recipe, runtime: Runtime) -> No
     output, shard = Path(options.output), options.shard
     with runtime.ranks.together("reading the input"):
         files.check_names(options)
-        source = files.open_input(options.input, recipe)
-        sample = files.check_target(source, options)  # what cannot be written is refused before anything is decoded
+        source = files.open_input(options.input, recipe, runtime.ranks)
+        # What cannot be written or scored is refused before anything is decoded.
+        sample = files.check_target(source, options)
+        if source.scored and not shard:
+            try_scoring(recipe.evaluation.rouge_tokenizer)
         if runtime.is_main:
             runtime.hold(_lock_of(shard.base(output) if shard else output))
+    runtime.ranks.require_equal({"--input": source.fingerprint})  # several machines may hold several files of a name
     if options.merge_shards:
         with runtime.ranks.together("merging the shards"):
             if runtime.is_main:

@@ -29,7 +29,8 @@ def text_encoder(recipe: Recipe) -> tuple[TextEncoder, Any]:
     from engine.models import configuration, hub, tokenization
 
     name = recipe.model.name_or_path
-    folder = hub.resolve(name, revision=recipe.model.revision, weights=False) if name else None
+    rules = {"trust_remote_code": recipe.model.trust_remote_code, "weights": False}
+    folder = hub.resolve(name, revision=recipe.model.revision, **rules) if name else None
     config = configuration.load_config(recipe.model, folder)
     family = configuration.family(recipe.model.family, config)
     tokenizer = tokenization.for_recipe(recipe, folder, family)

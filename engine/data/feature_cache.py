@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from engine import prompt_template
 from engine.data import encode, prompts
 from engine.data.encode import Feature
 from engine.data.rows import rows_fingerprint
@@ -124,7 +125,8 @@ class StoredFeatures(Sequence[Feature]):
 def facts(encoder: TextEncoder) -> list[Any]:
     """All that decides the features of a row but the row: values for JSON."""
     backend, template = encoder.tokenizer.backend_tokenizer, encoder.tokenizer.chat_template
-    code = [hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest() for module in (encode, prompts)]
+    rooms = (encode, prompts, prompt_template)
+    code = [hashlib.sha256(Path(room.__file__).read_bytes()).hexdigest() for room in rooms]
     versions = [importlib.metadata.version(name) for name in ("tokenizers", "transformers", "jinja2")]
     rendered = encoder.facts()  # calls the tokenizer, whose settings of the last call are part of the next line
     tokenizer = hashlib.sha256(backend.to_str().encode()).hexdigest()

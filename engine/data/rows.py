@@ -217,24 +217,23 @@ def example_of(record: Record, columns: Columns, file: str) -> Example:
     dialogue = _text(values, columns.text, MAX_DIALOGUE)
     references = []
     for position, name in enumerate(columns.summaries):
-        if (columns.require_summary and position == 0) or not _is_missing(values.get(name)):
+        if (columns.require_summary and position == 0) or not is_missing(values.get(name)):
             references.append(_text(values, name, MAX_SUMMARY).strip())
     topic = values.get(columns.topic) if columns.topic else None
     return Example(
         id=str(record.row) if columns.id is None else _id(values, columns.id),
         dialogue=dialogue,
         references=tuple(references),
-        topic=None if _is_missing(topic) else _text(values, columns.topic, MAX_LABEL).strip(),
+        topic=None if is_missing(topic) else _text(values, columns.topic, MAX_LABEL).strip(),
         row=record.row,
         file=file,
     )
 
 
-def _is_missing(value: Any) -> bool:
-    """None, NaN, nothing visible, or a word that other tools write for a missing cell."""
-    if isinstance(value, str):
-        return _is_blank(value) or value.strip().lower() in _MISSING_WORDS
-    return value is None or value != value
+def is_missing(value: Any) -> bool:
+    """None, NaN, pandas' NA, nothing visible, or a word that other tools write for a missing cell."""
+    text = str(value)
+    return _is_blank(text) or text.strip().lower() in _MISSING_WORDS
 
 
 def _is_blank(text: str) -> bool:
@@ -255,7 +254,7 @@ def _text(values: dict[str, Any], name: str, limit: int) -> str:
     _check_encodable(value, name)
     if _is_blank(value):
         raise UnusableRow(f"{name!r} is empty")
-    if _is_missing(value):
+    if is_missing(value):
         raise UnusableRow(f"{name!r} holds only {value.strip()!r}")
     return normalise(value)
 

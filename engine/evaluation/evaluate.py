@@ -83,28 +83,28 @@ class Scores:
     problems: tuple[str, ...] = ()
 
 
-def try_scoring(settings: Evaluation) -> None:
-    """Score one word, so that what scoring lacks is known before the first update and not after an epoch.
+def try_scoring(rouge_tokenizer: str) -> None:
+    """Score one word, so that what scoring lacks is known before the first update or decoded row, not after the last.
 
     Raises:
         EngineError: E3.40 where the tokenizer or ROUGE itself cannot be used on this machine.
     """
     try:
-        rouge.rouge(["시험"], ["시험"], tokenizer=settings.rouge_tokenizer)
+        rouge.rouge(["시험"], ["시험"], tokenizer=rouge_tokenizer)
     except Exception as error:  # a dictionary, a cache, an import: each fails in its own way
-        where = f"evaluation.rouge_tokenizer={settings.rouge_tokenizer}"
+        where = f"evaluation.rouge_tokenizer={rouge_tokenizer}"
         raise EngineError(
             "E3.40", f"ROUGE cannot be computed here: {error}", where, "choose another tokenizer"
         ) from error
 
 
 def try_metrics(own: Mapping[str, extra.Metric], rows: Sequence[Example], runtime: Runtime) -> None:
-    """Ask the user's metrics once, as `try_scoring`: about the first two dev rows, whose references stand for predictions.
+    """Ask the user's metrics once, as `try_scoring`: about the first two rows, whose references stand for predictions.
 
     Raises:
         EngineError: E3.41 for one that fails; one that is NaN there may be a number for other texts.
     """
-    split = Split("dev", list(rows[:2]), [], [])
+    split = Split("trial", list(rows[:2]), [], [])
     for name, metric in own.items():
         if not runtime.is_main:
             return
@@ -112,7 +112,7 @@ def try_metrics(own: Mapping[str, extra.Metric], rows: Sequence[Example], runtim
             _, _, problem = _measured(name, metric, [row.references[0] for row in split.examples], split)
         if problem and " failed" in problem:
             where = "evaluation.extra_metrics or run(metrics=...)"
-            raise EngineError("E3.41", f"{problem}; tried on two dev rows and their references", where, "correct it")
+            raise EngineError("E3.41", f"{problem}; tried on two rows and their references", where, "correct it")
 
 
 def evaluate(

@@ -131,9 +131,11 @@ def _random_model(
         blaming("E4.9", "no model can be built", "model.config", "check model.config"),
         weights.without_content(device),
     ):
-        size.check_weights_fit(config, device)
+        trusted = recipe.model.trust_remote_code  # where it is not said, transformers asks on standard input
+        size.check_weights_fit(config, device, trust_remote_code=trusted)
+        attention = weights.attention(recipe.model.attn_implementation)
         model = weights.auto_class(config).from_config(
-            config, **weights.attention(recipe.model.attn_implementation), dtype=torch.float32
+            config, trust_remote_code=trusted, dtype=torch.float32, **attention
         )
     if folder is not None and (own := configuration.own_generation_config(folder)) is not None:
         model.generation_config = own

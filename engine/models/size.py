@@ -29,13 +29,14 @@ def check_depth(config: PreTrainedConfig) -> None:
             raise EngineError("E2.59", what, "model.config", f"lower model.config.{key}")
 
 
-def check_weights_fit(config: PreTrainedConfig, device: torch.device) -> None:
+def check_weights_fit(config: PreTrainedConfig, device: torch.device, *, trust_remote_code: bool) -> None:
     """Refuse a new model before it is made, by its number of weights. Raises: EngineError E8.3, and E2.59 for its depth."""
     check_depth(config)
 
     def count(shallow: PreTrainedConfig) -> int:
         with torch.device("meta"):
-            return sum(p.numel() for p in weights.auto_class(shallow).from_config(shallow).parameters())
+            model = weights.auto_class(shallow).from_config(shallow, trust_remote_code=trust_remote_code)
+            return sum(p.numel() for p in model.parameters())
 
     outside, layers = by_layers(config, count)
     depths = [getattr(config, key) for key in families.of(config.model_type).depths]

@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("engine.models")
 
-# Special tokens of tokenizers trained here; pad, unk, bos, eos take ids 0 to 3.
-
 
 def for_recipe(recipe: Recipe, model_folder: Path | None, family: str) -> PreTrainedTokenizerFast:
     """The recipe's tokenizer, or the model's, or one trained on the training file for a random model."""

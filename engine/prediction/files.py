@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.data.rows import Example
+from engine.data.rows import Example, is_missing
 from engine.data.stream import ExampleFile, ExampleList
 from engine.errors import EngineError
 from engine.prediction.postprocess import repairs_text
@@ -27,6 +27,7 @@ from engine.scoring import endings, rouge
 if TYPE_CHECKING:
     from engine.prediction.summarizer import Summary
     from engine.recipe.schema import Recipe
+    from engine.runtime.ranks import RankGroup
 
 log = logging.getLogger("engine.predict")
 _ELSEWHERE = "free some space or choose another --output, then run again"
@@ -34,40 +35,52 @@ _ELSEWHERE = "free some space or choose another --output, then run again"
 _OTHER_FORMATS = {".parquet", ".pq", ".json", ".xlsx", ".gz", ".zip"}
 
 
-def open_input(path: str, recipe: Recipe) -> ExampleFile | ExampleList:
+def open_input(path: str, recipe: Recipe, ranks: RankGroup) -> ExampleFile | ExampleList:
     """Rows of a CSV, JSONL or parquet file, checked in full but not held; or dialogues from standard input (`-`), one per line
     with `\\n` for newlines, which are.
+
+    All ranks call it: they have one standard input, which rank 0 reads for all.
 
     Raises:
         EngineError: E3 naming file and row.
     """
-    if path == "-":
-        lines = [line.rstrip("\n").replace("\\n", "\n") for line in sys.stdin if line.strip()]
-        if not lines:
-            raise EngineError("E3.32", "standard input holds no dialogue", "-", "write one dialogue per line")
-        return ExampleList(examples_of(lines, file="standard input"))
-    return ExampleFile(path, recipe.data)
+    if path != "-":
+        return ExampleFile(path, recipe.data)
+    with ranks.together("reading standard input"):
+        lines = _standard_input() if ranks.is_main else None
+    return ExampleList(examples_of(ranks.broadcast(lines), file="standard input"))
 
 
-def examples_of(dialogues: Sequence[str], topics: Sequence[str] | None = None, *, file: str = "") -> list[Example]:
-    """Rows of dialogues that came without a table. Raises: EngineError E3.31 naming the first that is no text."""
-    for row, dialogue in enumerate(dialogues, start=1):
-        if not isinstance(dialogue, str) or not dialogue.strip() or not _is_unicode(dialogue):
-            what = f"dialogue {row} is empty or no text"
-            raise EngineError("E3.31", what, f"{file} row {row}".strip(), "leave it out or fill it")
+def _standard_input() -> list[str]:
+    lines = [line.rstrip("\n").replace("\\n", "\n") for line in sys.stdin if line.strip()]
+    if not lines:
+        raise EngineError("E3.32", "standard input holds no dialogue", "-", "write one dialogue per line")
+    return lines
+
+
+def examples_of(dialogues: Sequence[str], topics: Sequence[Any] | None = None, *, file: str = "") -> list[Example]:
+    """Rows of dialogues that came without a table; missing topics, as in a file, are None.
+
+    Raises: EngineError E3.31 naming the first that is no text.
+    """
+    topics = [None if is_missing(topic) else topic for topic in topics or [None] * len(dialogues)]
+    for row, (dialogue, topic) in enumerate(zip(dialogues, topics, strict=True), start=1):
+        wrong = [] if _is_text(dialogue) and dialogue.strip() else [f"dialogue {row} is empty or no text"]
+        wrong += [] if topic is None or _is_text(topic) else [f"topic {row} is no text"]
+        if wrong:
+            raise EngineError("E3.31", wrong[0], f"{file} row {row}".strip(), "leave it out or fill it")
     return [
-        Example(id=str(i), dialogue=text, references=(), topic=topic, row=i + 1, file=file)
-        for i, (text, topic) in enumerate(zip(dialogues, topics or [None] * len(dialogues), strict=True))
+        Example(id=str(i), dialogue=text, references=(), topic=topic and topic.strip(), row=i + 1, file=file)
+        for i, (text, topic) in enumerate(zip(dialogues, topics, strict=True))
     ]
 
 
-def _is_unicode(text: str) -> bool:
-    """No half characters (lone surrogates), which no tokenizer takes."""
+def _is_text(value: Any) -> bool:
+    """Also without half characters (lone surrogates), which no tokenizer takes."""
     try:
-        text.encode("utf-8")
+        return isinstance(value, str) and bool(value.encode("utf-8"))
     except UnicodeEncodeError:
         return False
-    return True
 
 
 def check_names(options: argparse.Namespace) -> None:

@@ -150,13 +150,13 @@ class Predictor:
         dialogues: Iterable[str],
         batch_size: int = 32,
         show_progress: bool = False,
-        topics: Sequence[str] | None = None,
+        topics: Sequence[Any] | None = None,
         **gen: Any,
     ) -> list[Summary]:
         """As `predict_batch`, with scores, n-best lists and how each text ended.
 
         Raises:
-            EngineError: E2 for settings that cannot be, E3 naming the first dialogue that is no text.
+            EngineError: E2 for settings that cannot be, E3 naming the first dialogue or topic that is no text.
         """
         if isinstance(dialogues, str):
             what = "the dialogues are one text, which would be read letter by letter"

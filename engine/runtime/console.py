@@ -115,7 +115,7 @@ class Bar:
     def __init__(self, *, total: int, initial: int = 0, desc: str, unit: str = "it") -> None:
         from tqdm import tqdm
 
-        self.total, self.initial, self.unit = total, initial, unit
+        self.initial, self.unit = initial, unit
         self.started = time.perf_counter()
         self.tqdm = tqdm(
             total=total,
@@ -135,14 +135,12 @@ class Bar:
     def update(self, count: int, fields: Sequence[str] | None = None) -> None:
         """Move on; without `fields` the time left and the pace are shown, as measured since the bar was made."""
         bar = self.tqdm
-        count = min(count, self.total - bar.n)  # the rows of other ranks are guessed from this rank's
+        count = min(count, bar.total - bar.n)  # the rows of other ranks are guessed from this rank's
         done = bar.n + count
         if fields is None:
-            fields = left_and_pace(
-                done - self.initial, self.total - done, time.perf_counter() - self.started, self.unit
-            )
+            fields = left_and_pace(done - self.initial, bar.total - done, time.perf_counter() - self.started, self.unit)
         bar.ncols = self._columns()
-        room = bar.ncols - columns_of(f"{bar.desc} 100%|| {done}/{self.total}")
+        room = bar.ncols - columns_of(f"{bar.desc} 100%|| {done}/{bar.total}")
         kept: list[str] = []
         for field in fields:
             room -= columns_of(field) + len(", ")

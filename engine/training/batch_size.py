@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import gc
-import heapq
 import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -16,7 +17,7 @@ from engine.loss.cross_entropy import summed_cross_entropy
 from engine.runtime.exits import classify
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from engine.data.encode import Feature
     from engine.models.bundle import ModelBundle
@@ -68,10 +69,10 @@ def plan_line(sampler: WindowSampler) -> str:
 
 
 def with_fitting_batch(
-    recipe: Recipe, model: nn.Module, bundle: ModelBundle, features: Iterable[Feature], runtime: Runtime
+    recipe: Recipe, model: nn.Module, bundle: ModelBundle, features: Sequence[Feature], runtime: Runtime
 ) -> Recipe:
     """The recipe with the largest micro-batch whose forward and backward pass fits, and the accumulation that keeps the
-    effective batch. Tried on the longest rows, so that no later update needs more. All ranks agree at each try.
+    effective batch. Tried on rows of which no others make a larger batch. All ranks agree at each try.
 
     Raises:
         EngineError: E8 where not even one row fits.
@@ -79,10 +80,10 @@ def with_fitting_batch(
     training = recipe.training
     rows = training.per_device_train_batch_size * training.gradient_accumulation_steps
     micro = training.per_device_train_batch_size
-    longest = heapq.nlargest(micro, features, key=lambda feature: feature.length)
-    while not _fits(model, bundle, longest[:micro], runtime, training.label_smoothing):
+    longest, single = _longest(features, micro)
+    while not _fits(model, bundle, longest[:micro] if micro > 1 else [single], runtime, training.label_smoothing):
         if micro == 1:
-            what = f"a single row of {longest[0].length} tokens does not fit in memory"
+            what = f"a single row of {single.length} tokens does not fit in memory"
             advice = "set training.gradient_checkpointing=true or lower data.max_source_length"
             raise EngineError("E8.2", what, "training.auto_batch_size", advice)
         micro = largest_divisor(rows, below=micro // 2 + 1)
@@ -92,6 +93,15 @@ def with_fitting_batch(
     # Recorded as plain settings: a rerun or a resume of this recipe trains the same updates without trying again.
     settings = training.model_copy(update=found | {"auto_batch_size": False})
     return recipe.model_copy(update={"training": settings})
+
+
+def _longest(features: Sequence[Feature], count: int) -> tuple[list[Feature], Feature]:
+    """`count` rows, and one alone, that are padded to no less than any others: source and target are padded apart, so
+    the longest of each come first, and the one alone is made of both."""
+    parts = np.array([feature.parts for feature in features])  # (N, P)
+    widest, longest = parts.argmax(axis=0).tolist(), np.argsort(-parts.sum(axis=1), kind="stable").tolist()
+    rows = [features[at] for at in list(dict.fromkeys([*widest, *longest]))[:count]]
+    return rows, replace(features[widest[0]], labels=features[widest[-1]].labels)
 
 
 def largest_divisor(number: int, *, below: int) -> int:

@@ -48,7 +48,7 @@ def _exceeds(recipe: Recipe, runtime: Runtime) -> bool:
             recipe, precision=runtime.precision, device=runtime.device, world_size=runtime.world_size
         )
     except Exception as error:  # of a folder that building will refuse in better words, or a class of its own kind
-        log.debug("distributed.strategy auto: no memory estimate (%s), so each rank gets a copy", first_line(error))
+        log.warning("distributed.strategy auto: no memory estimate (%s), so each rank gets a copy", first_line(error))
         return False
     return memory.exceeds(estimate, runtime.device)
 

@@ -44,14 +44,15 @@ def write_results(job: Job, test: list[Example]) -> dict[str, Any]:
     job.progress.close()
     shares = job.time_shares()
     job.tell_saved()
+    # Where nothing was evaluated, none is the best, and the last one is taken.
     wanted = job.state.best_step if job.state.best_step is not None else job.state.saved_step
-    best = job.store.step_to_hand_on(wanted, job.recipe.evaluation.metric)
-    checkpoint = job.run_dir / f"checkpoint-{best}"
+    chosen = job.store.step_to_hand_on(wanted, job.recipe.evaluation.metric)
+    checkpoint = job.run_dir / f"checkpoint-{chosen}"
     with job.runtime.ranks.together("writing final_model"):
         if job.runtime.is_main:
             write_final_model(checkpoint, job)
-    tested = _predict_test(job, test, checkpoint, best)
-    record = _record(job, best, test, tested) | ({"profile": shares} if shares else {})
+    tested = _predict_test(job, test, checkpoint, chosen)
+    record = _record(job, chosen, test, tested) | ({"profile": shares} if shares else {})
     with job.runtime.ranks.together("writing results"):
         if job.runtime.is_main:
             append_result(Path(job.recipe.experiment.output_root) / "results.csv", _row(record, job.recipe))
@@ -109,17 +110,17 @@ def _predict_test(job: Job, test: list[Example], checkpoint: Path, step: int) ->
     return tested
 
 
-def _record(job: Job, best: int, test: list[Example], tested: Mapping[str, Any]) -> dict[str, Any]:
+def _record(job: Job, chosen: int, test: list[Example], tested: Mapping[str, Any]) -> dict[str, Any]:
     state, recipe = job.state, job.recipe
     logged = read_rows(job.run_dir / "metrics.jsonl")
-    rows = [row for row in logged if row["split"] == "dev" and row["step"] == best]
+    rows = [row for row in logged if row["split"] == "dev" and row["step"] == chosen]
     test_metrics = json.loads(strict_json(tested["metrics"])) if tested else None
     scored = job.runtime.is_main and rows and "rouge1" in rows[-1]
-    dev = provenance.interval_of(job.run_dir / "predictions" / f"dev-step{best}.csv") if scored else None
+    dev = provenance.interval_of(job.run_dir / "predictions" / f"dev-step{chosen}.csv") if scored else None
     return {
         "run": job.run_dir.name,
         "final_model_path": str(job.run_dir / "final_model"),
-        "best_step": best,
+        "best_step": chosen,
         "best_metric": recipe.evaluation.metric,
         "best_value": rows[-1].get(key_of(recipe.evaluation.metric)) if rows else state.best_value,
         "metrics": rows[-1] if rows else None,

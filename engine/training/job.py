@@ -107,16 +107,18 @@ class Job:
         self.model, self.optimizer, self.schedule, self.scaler = self.learner
         self.examples, self.features, self.sampler = self.rows
         self.run_dir = self.tracker.run_dir
-        self.total_windows = optim.total_updates(self.recipe.training, self.sampler.updates_per_epoch)
+        # The windows of its epochs, or the updates to be made where max_steps gives their number.
+        self.planned = optim.total_updates(self.recipe.training, self.sampler.updates_per_epoch)
         self.supervised = [sum(label != IGNORE_INDEX for label in feature.labels) for feature in self.features]
         schedule = Schedule.of(
             self.recipe.evaluation,
-            updates=self.total_windows,
+            updates=self.planned,
             per_epoch=self.sampler.updates_per_epoch,
             dev_rows=0 if self.dev is None else len(self.dev.examples),
             test_rows=0 if self.summarizer is None else self.test_rows,
+            by_epochs=self.recipe.training.max_steps is None,
         )
-        self.progress = Progress(self.runtime, schedule, done=self.windows_done)
+        self.progress = Progress(self.runtime, schedule, done=self.state.step, windows=self.windows_done)
         computes_here = self.runtime.device.type == "cpu"  # then a second thread would only take its time
         self.ahead = None if computes_here else Ahead(self._make_window, self._following)
         self.code = code_state()  # as it is loaded: the checkout may be another one when the run ends
@@ -148,7 +150,7 @@ class Job:
             return True
         if self.recipe.training.max_steps is not None:
             return self.state.step >= self.recipe.training.max_steps
-        return self.windows_done >= self.total_windows
+        return self.windows_done >= self.planned
 
     # Data
 

@@ -134,11 +134,11 @@ def exceeds(estimate: dict[str, Any], device: torch.device) -> bool:
 def _config(recipe: Recipe) -> tuple[PreTrainedConfig, int]:
     """The configuration with the vocabulary that training will have, and the number of rows new to the model."""
     settings, added = recipe.model, recipe.tokenizer.added_tokens
-    folder = None
+    folder, rules = None, {"trust_remote_code": settings.trust_remote_code, "weights": False}
     if settings.name_or_path is not None:
-        folder = hub.resolve(settings.name_or_path, revision=settings.revision, weights=False)
+        folder = hub.resolve(settings.name_or_path, revision=settings.revision, **rules)
         if hub.is_adapter(folder):
-            folder = hub.resolve_base(folder, weights=False).folder
+            folder = hub.resolve_base(folder, **rules).folder
     config = configuration.load_config(settings, folder)
     if settings.init == "random":
         if recipe.tokenizer.name_or_path is None and folder is None:
@@ -150,7 +150,7 @@ def _config(recipe: Recipe) -> tuple[PreTrainedConfig, int]:
     where = folder if name is None else hub.resolve(name, weights=False)
     if not tokenization.has_tokenizer(where):
         return config, len(added)
-    tokenizer = tokenization.load_tokenizer(where)
+    tokenizer = tokenization.load_tokenizer(where, trust_remote_code=settings.trust_remote_code and name is None)
     known = tokenizer.get_vocab()
     new = sum(token not in known for token in added)
     if new:
@@ -163,9 +163,11 @@ def hollow_model(config: PreTrainedConfig, recipe: Recipe, precision: str, new_t
     lora = adapters.enabled(recipe)
     dtype = adapters.DTYPES[precision] if lora else torch.float32
     wanted = recipe.model.attn_implementation
-    attention = weights.attention(None if wanted == "flash_attention_2" else wanted)  # that one runs on GPUs only
+    # That one runs on GPUs only. Where the flag is not said, transformers asks on standard input.
+    options = weights.attention(None if wanted == "flash_attention_2" else wanted)
+    options["trust_remote_code"] = recipe.model.trust_remote_code
     with torch.device("meta"):
-        model = weights.auto_class(config).from_config(copy.deepcopy(config), dtype=torch.float32, **attention)
+        model = weights.auto_class(config).from_config(copy.deepcopy(config), dtype=torch.float32, **options)
         model = weights.cast(model, dtype)
         if lora:
             rows = range(config.vocab_size - new_tokens, config.vocab_size)

@@ -13,6 +13,7 @@ from engine.checkpoints.identity import identity_of
 from engine.checkpoints.store import CheckpointStore, refusing
 from engine.data import encode, rows
 from engine.data.feature_cache import FeatureCache
+from engine.errors import EngineError
 from engine.evaluation.evaluate import NO_METRICS, Split, try_metrics, try_scoring
 from engine.evaluation.extras import Extras
 from engine.models import adapters, sharding, tokenization, weights
@@ -21,6 +22,7 @@ from engine.prediction.summarizer import Summarizer
 from engine.recipe.dump import dump
 from engine.reporting.tracking import Tracker
 from engine.runtime.atomic import write_text_atomically
+from engine.runtime.faults import first_line
 from engine.training import distribution, memory, optim, unused
 from engine.training.batch_size import plan_line, window_sampler, with_fitting_batch
 from engine.training.blueprint import blueprint
@@ -65,11 +67,14 @@ def read_splits(recipe: Recipe, runtime: Runtime, metrics: Mapping[str, Metric] 
         if settings.validation_file is not None and recipe.evaluation.strategy != "no":
             dev = read(settings.validation_file, settings.max_validation_samples)
             rows.check_splits(train, dev, allow_overlap=settings.allow_overlap)
-            if recipe.evaluation.generate:
-                try_scoring(recipe.evaluation)
-                try_metrics(metrics, dev, runtime)
         if settings.test_file is not None:
             test = read(settings.test_file, settings.max_test_samples, require_summary=False)
+        scored = dev or (test if all(row.references for row in test) else [])
+        if scored and recipe.evaluation.generate:
+            try_scoring(recipe.evaluation.rouge_tokenizer)
+            try_metrics(metrics, scored, runtime)
+    # The other splits are part of the identity, which is compared later.
+    runtime.ranks.require_equal({"data.test_file": rows.rows_fingerprint(test)})
     return Splits(train, dev, test)
 
 
@@ -203,14 +208,8 @@ def _store(
 def dry_run(recipe: Recipe, runtime: Runtime) -> dict[str, Any]:
     """Everything up to the first batch, and what the run would cost, printed and returned."""
     splits = read_splits(recipe, runtime)
-    estimate = memory.estimate(
-        recipe,
-        precision=runtime.precision,
-        device=runtime.device,
-        world_size=runtime.world_size,
-        sharded=distribution.sharded(recipe, runtime),
-    )
-    if runtime.is_main:
+    estimate = _estimate(recipe, runtime, sharded=distribution.sharded(recipe, runtime))
+    if runtime.is_main and estimate is not None:
         print(memory.table(estimate, runtime.device), flush=True)  # before the model is loaded, which may not fit
     bundle = blueprint(recipe, device=runtime.device, precision=runtime.precision)
     bundle = bundle or build_model(recipe, device=runtime.device, precision=runtime.precision)
@@ -218,7 +217,9 @@ def dry_run(recipe: Recipe, runtime: Runtime) -> dict[str, Any]:
     features = encode.encode_all(encoder, splits.train, augment=recipe.data.instruction_augmentation)
     sampler = window_sampler(recipe, features, world_size=runtime.world_size, rank=runtime.rank)
     _log_plan(recipe, bundle, features, encoder, sampler)
-    first = bundle.collate([features[row] for row in sampler.window(0, 0)[0]])
+    # Where there are more ranks than rows, one gets a row of another, as in training.
+    micro = sampler.window(0, 0)[0] or sampler.global_window(0, 0)[:1]
+    first = bundle.collate([features[row] for row in micro])
     counts = {
         "parameters": bundle.report["parameters"],
         "trainable_parameters": bundle.report["trainable_parameters"],
@@ -233,6 +234,18 @@ def dry_run(recipe: Recipe, runtime: Runtime) -> dict[str, Any]:
         print("first batch:", ", ".join(f"{name} {tuple(shape)}" for name, shape in shapes.items()))
         print("dry run: nothing was trained or written")
     return counts | {"first_batch": shapes, "memory": estimate}
+
+
+def _estimate(recipe: Recipe, runtime: Runtime, *, sharded: bool) -> dict[str, Any] | None:
+    """`memory.estimate`; None, with a line, for a model whose own code does not run on shapes alone."""
+    ranks = {"device": runtime.device, "world_size": runtime.world_size, "sharded": sharded}
+    try:
+        return memory.estimate(recipe, precision=runtime.precision, **ranks)
+    except Exception as error:
+        if isinstance(error, EngineError) or not recipe.model.trust_remote_code:
+            raise
+        log.warning("no memory estimate: the model's own code does not run on shapes alone (%s)", first_line(error))
+        return None
 
 
 def _log_plan(

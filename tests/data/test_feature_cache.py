@@ -10,6 +10,7 @@ import pytest
 import tiny
 from encoders import encoder, example, settings, tiny_llama
 
+from engine import prompt_template
 from engine.data import feature_cache
 from engine.data.collate import collate_causal, collate_seq2seq
 from engine.data.encode import encode_all
@@ -128,13 +129,14 @@ def test_whatever_decides_the_ids_names_another_file(folder):
         assert len(files(folder)) == before + number
 
 
-def test_the_code_that_encodes_is_part_of_the_name(folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("room", [feature_cache.encode, feature_cache.prompts, prompt_template])
+def test_the_code_that_encodes_is_part_of_the_name(folder, tmp_path, monkeypatch, room):
     for number in range(2):
         FeatureCache(encoder("bart"), keep=True).training(rows())
         assert len(files(folder)) == 1 + number
-        changed = tmp_path / "prompts.py"
+        changed = tmp_path / "changed.py"
         changed.write_text("another layout", encoding="utf-8")
-        monkeypatch.setattr(feature_cache.prompts, "__file__", str(changed))
+        monkeypatch.setattr(room, "__file__", str(changed))
 
 
 def test_a_template_with_todays_date_is_rendered_for_the_name(folder, monkeypatch):

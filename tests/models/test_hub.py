@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import own_code
 import pytest
 import tiny
 from built import CPU, build, refused
@@ -70,22 +71,13 @@ def test_code_shipped_with_a_model_is_refused(tmp_path, name):
 
 
 def test_code_shipped_with_a_model_runs_with_the_flag_and_a_pinned_commit(tmp_path, monkeypatch):
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
-    folder = tiny.save("llama", tmp_path / "m")
-    code = (
-        "import os\nfrom transformers import LlamaForCausalLM\n"
-        f"os.makedirs({str(tmp_path / 'ran')!r}, exist_ok=True)\nclass Own(LlamaForCausalLM): pass\n"
-    )
-    (folder / "modeling_own.py").write_text(code, encoding="utf-8")
-    path = folder / "config.json"
-    values = json.loads(path.read_text(encoding="utf-8")) | {"auto_map": {"AutoModelForCausalLM": "modeling_own.Own"}}
-    path.write_text(json.dumps(values), encoding="utf-8")
+    folder = own_code.save(tmp_path / "m", tmp_path / "ran", monkeypatch)
     refused("E4.2", folder)
     refused("E2.54", folder, model={"trust_remote_code": True})
     assert not (tmp_path / "ran").exists()
-    bundle = build(folder, model={"trust_remote_code": True, "revision": "a" * 40})
-    assert type(bundle.model).__name__ == "Own" and (tmp_path / "ran").exists()
+    for init in ("pretrained", "random"):
+        bundle = build(folder, model={"trust_remote_code": True, "revision": own_code.PINNED, "init": init})
+        assert type(bundle.model).__name__ == "Own" and (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize(

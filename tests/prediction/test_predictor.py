@@ -9,6 +9,7 @@ import pytest
 
 from engine import Predictor
 from engine.errors import EngineError
+from engine.prediction.files import examples_of
 
 
 def test_predictor_agrees_with_the_run(trained):
@@ -49,6 +50,24 @@ def test_predictor_refuses_what_it_cannot_read(trained):
         with pytest.raises(EngineError) as caught:
             predictor.predict_batch(dialogues, batch_size=batch_size)
         assert caught.value.exit_code == (3 if batch_size else 2)
+
+
+@pytest.mark.parametrize("missing", [float("nan"), None, pd.NA, " ", "nan"])
+def test_a_missing_topic_of_a_frame_is_none_as_in_a_file(trained, missing):
+    predictor = Predictor.from_run(trained[0] / "run")
+    predictor.topic_column = "topic"
+    texts = ["#Person1#: 안녕?", "#Person1#: 뭐 해?"]
+    frame = pd.DataFrame({"dialogue": texts, "topic": pd.Series([missing, "인사"], dtype=object)})
+    given = predictor.summarize(texts, topics=[None, "인사"])
+    predicted = predictor.predict_dataframe(frame, show_progress=False)
+    assert list(predicted["summary"]) == [summary.text for summary in given]
+    assert [row.topic for row in examples_of(texts, [missing, " 인사\n"])] == [None, "인사"]
+
+
+@pytest.mark.parametrize("topic", [3, "\ud800"])
+def test_a_topic_that_is_no_text_is_refused(trained, topic):
+    with pytest.raises(EngineError, match="E3.31: topic 2 is no text"):
+        Predictor.from_run(trained[0] / "run").summarize(["안녕?", "뭐 해?"], topics=["인사", topic])
 
 
 def test_a_submission_is_checked_before_and_never_lost_after_decoding(trained, tmp_path, monkeypatch):

@@ -4,7 +4,9 @@ import importlib.util
 import json
 import sys
 
+import own_code
 import pytest
+import runs
 import tiny
 
 from engine.errors import EngineError
@@ -61,3 +63,12 @@ def test_augmentation_and_errors(tool, tmp_path, capsys):
     assert "8 rows, 40 training examples" in printed and printed.count("--- ") == 5
     with pytest.raises(EngineError, match=r"E2.*data.train_file"):
         tool.main([str(path), "data.train_file=null"])
+
+
+def test_a_model_with_code_of_its_own_needs_the_flag(tool, tmp_path, monkeypatch, capsys):
+    own_code.save(tmp_path / "model", tmp_path / "ran", monkeypatch)
+    path = str(runs.write_recipe(tmp_path, "llama"))
+    with pytest.raises(EngineError, match=r"E4\.2"):
+        tool.main([path])
+    assert tool.main([path, "model.trust_remote_code=true", f"model.revision={own_code.PINNED}"]) == 0
+    assert "training examples" in capsys.readouterr().out

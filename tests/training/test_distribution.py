@@ -7,6 +7,7 @@ import shutil
 from types import SimpleNamespace
 
 import forked
+import own_code
 import pytest
 import runs
 import tiny
@@ -152,12 +153,22 @@ def test_auto_never_shards_what_cannot_be(tmp_path, monkeypatch):
     assert distribution.sharded(loaded, runtime(2)) is False
 
 
-def test_auto_goes_on_where_memory_cannot_be_estimated(tmp_path, monkeypatch):
+def test_auto_goes_on_and_says_so_where_memory_cannot_be_estimated(tmp_path, monkeypatch, caplog):
     def fails(*arguments, **settings):
         raise KeyError("a configuration like no other")
 
     monkeypatch.setattr(distribution.memory, "estimate", fails)
     assert distribution.sharded(load_recipe(runs.write_recipe(tmp_path)), runtime(2)) is False
+    assert any("no memory estimate" in line.message for line in caplog.records if line.levelname == "WARNING")
+
+
+@pytest.mark.parametrize("too_large", [True, False])
+def test_auto_estimates_a_model_with_code_of_its_own(tmp_path, monkeypatch, too_large):
+    own_code.save(tmp_path / "model", tmp_path / "ran", monkeypatch)
+    flags = ["model.trust_remote_code=true", f"model.revision={own_code.PINNED}"]
+    loaded = load_recipe(runs.write_recipe(tmp_path, "llama"), flags)
+    monkeypatch.setattr(distribution.memory, "exceeds", lambda estimate, device: too_large)
+    assert distribution.sharded(loaded, runtime(2)) is too_large
 
 
 @pytest.mark.parametrize(
