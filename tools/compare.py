@@ -55,17 +55,18 @@ def summary(runs: Sequence[Run], scores: Sequence[dict[str, Score]], split: str)
 
     first, best = runs[0], best_of(scores)
     lines = [f"{len(first.rows)} {split} rows; ROUGE F1 x 100, {tokenizer_id(first.tokenizer)}", ""]
-    head = ["", "step", "rouge1", "rouge2", "rougeL", "mean", "95 % interval", f"gain over {first.name}", "p", ""]
-    rows = [head]
+    rows = [["", "step", "rouge1", "rouge2", "rougeL", "mean", "95 % interval", ""]]
+    gains = [[f"gain over {first.name}", "mean, 95 % interval", "p"]]
     for number, (run, own) in enumerate(zip(runs, scores, strict=True)):
         mean, mark = own["rouge_mean"], "best" if number == best else ""
         cells = [f"{own[metric].interval.mean:.2f}" for metric in ("rouge1", "rouge2", "rougeL", "rouge_mean")]
         words = " ".join(filter(None, (run.kind if run.kind != "done" else "", mark)))
-        rows.append([run.name, str(run.step), *cells, span(mean.interval), gain(mean), p_value(mean), words])
+        rows.append([run.name, str(run.step), *cells, span(mean.interval), words])
+        gains += [[run.name, gain(mean), p_value(mean)]] if mean.gain else []
     for name, floor in floors_of(runs, split):
         cells = [f"{floor[metric]:.2f}" for metric in ("rouge1", "rouge2", "rougeL", "rouge_mean")]
-        rows.append([cut(name), "", *cells, "", "", "", ""])
-    lines += table(rows)
+        rows.append([cut(name), "", *cells, "", ""])
+    lines += [*table(rows), "", *table(gains)]
     differences = recipe_differences(runs)
     lines += ["", "recipes differ in:" if differences else "the recipes are the same"]
     if differences:

@@ -59,11 +59,12 @@ def values(folder) -> list[float]:
 def test_the_table_says_what_differs_and_what_it_was_worth(three, capsys):
     assert compare.main(list(map(str, three))) == 0
     printed = capsys.readouterr().out
-    lines = {line.split("  ")[0]: line for line in printed.splitlines()}
+    above, below = printed[: printed.index("recipes differ in:")].split("gain over base")
+    lines, gains = ({line.split("  ")[0]: line for line in part.splitlines()} for part in (above, below))
     for folder in three[1:]:
         found = intervals.paired_difference(values(folder), values(three[0]))
-        assert f"{found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}]" in lines[folder.name]
-        assert "< 0.001" in lines[folder.name] and found.p < 0.001
+        assert f"{found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}]" in gains[folder.name]
+        assert "< 0.001" in gains[folder.name] and found.p < 0.001
     own = intervals.bootstrap_interval(values(three[0]))
     assert f"{own.mean:.2f}  [{own.low:.2f}, {own.high:.2f}]" in lines["base"]
     assert (
