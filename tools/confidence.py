@@ -61,7 +61,8 @@ def worth(measured: Sequence[Confidence], scores: Sequence[float]) -> list[list[
     rows = [["by", "Spearman", *(f"surest {share:.0%}" for share in SHARES)]]
     for name in MEASURES:
         values = [getattr(one, name) for one in measured]
-        row = [name, f"{spearman(values, scores):+.2f}"]
+        rank = spearman(values, scores)
+        row = [name, "-" if math.isnan(rank) else f"{rank:+.2f}"]  # of rows that are all alike there is no order
         for share in SHARES:
             least = limit_of(values, share)
             kept = [score for value, score in zip(values, scores, strict=True) if value >= least]

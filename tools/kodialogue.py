@@ -163,6 +163,8 @@ def words_of(command: str) -> list[str]:
 
 def completion(arguments: Sequence[str]) -> str:
     """The script for a shell; it holds every word, so that no Python starts at a tab."""
+    if list(arguments) in (["-h"], ["--help"]):
+        return f"{_COMPLETION}\n"
     if len(arguments) != 1 or arguments[0] not in ("bash", "zsh", "fish"):
         raise EngineError("E2.90", "completion takes one of bash, zsh, fish", "command line", _COMPLETION)
     words = {name: words_of(name) for name in scripts()} | {"completion": ["bash", "zsh", "fish"]}

@@ -115,19 +115,17 @@ def comparison(combined: Scored, members: Sequence[Scored], metric: str, seed: i
     """Lines that show what combining is worth: its score, and its gain over each member on the same rows."""
     width = max(len(system.name) for system in (combined, *members))
     own = [row[metric] for row in combined.rows]
-    lines = [
-        f"{'':{width}}  {metric:>10}  {'95 % interval':>17}  {'gain of combining, 95 % interval':>32}  {'seconds':>9}"
-    ]
+    lines = [f"{'':{width}}  {metric:>10}  {'95 % interval':>17}  {'gain of combining':>25}  {'seconds':>8}"]
     for system in (*members, combined):
         values = [row[metric] for row in system.rows]
         mean, low, high = intervals.bootstrap_interval(values, seed)
-        gain = f"{'':>32}"
+        gain = f"{'':>25}"
         if system is not combined:
             d = intervals.paired_difference(own, values, seed)
-            gain = f"{d.mean:+.2f} [{d.low:+.2f}, {d.high:+.2f}]".rjust(32)
+            gain = f"{d.mean:+.2f} [{d.low:+.2f}, {d.high:+.2f}]".rjust(25)
         cost = "-" if system.seconds is None else f"{system.seconds:.1f}"
         interval = f"[{low:.2f}, {high:.2f}]"
-        lines.append(f"{system.name:{width}}  {mean:>10.2f}  {interval:>17}  {gain}  {cost:>9}")
+        lines.append(f"{system.name:{width}}  {mean:>10.2f}  {interval:>17}  {gain}  {cost:>8}")
     return lines
 
 

@@ -19,6 +19,7 @@ import io
 import random
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,7 @@ sys.path.insert(0, str(ROOT))  # so that it also runs without the package instal
 
 if TYPE_CHECKING:
     from engine.data.rows import Example
+    from engine.recipe.schema import Data
 
 FEWEST_TURNS = 4  # below, every turn counts
 
@@ -42,18 +44,20 @@ def without_some_turns(dialogue: str, share: float, draw: random.Random) -> str:
     return "\n".join(turn for place, turn in enumerate(turns) if place not in gone)
 
 
-def version(examples: Sequence[Example], share: float, seed: str) -> str:
-    """The rows as CSV, every dialogue shortened; several references take a column each."""
-    references = max((len(example.references) for example in examples), default=0)
-    names = ["summary", *(f"summary{number}" for number in range(2, references + 1))][:references]
-    topics = any(example.topic is not None for example in examples)
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["fname", "dialogue", *names, *(["topic"] if topics else [])])
+def version(examples: Sequence[Example], settings: Data, share: float, seed: str) -> str:
+    """The rows as CSV under the input's own column names, every dialogue shortened; several references take a column each."""
+    from written_rows import as_row
+
+    rows = []
     for example in examples:
         shorter = without_some_turns(example.dialogue, share, random.Random(f"{seed}/{example.id}"))
-        row = [example.id, shorter, *example.references] + [""] * (references - len(example.references))
-        writer.writerow(row + ([example.topic or ""] if topics else []))
+        rows.append(as_row(replace(example, dialogue=shorter), settings))
+    unused = [name for name in rows[0] if name not in (settings.id_column, "id") and not any(row[name] for row in rows)]
+    out = io.StringIO()
+    names = [name for name in rows[0] if name not in unused]  # test rows have no summaries
+    writer = csv.DictWriter(out, names, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
     return out.getvalue()
 
 
@@ -81,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     stem = Path(options.input).name.split(".")[0]
     for copy in range(1, options.copies + 1):
         path = options.output_dir / f"{stem}-{copy}.csv"
-        write_text_atomically(path, version(examples, options.share, f"{options.seed}/{copy}"))
+        write_text_atomically(path, version(examples, settings, options.share, f"{options.seed}/{copy}"))
         print(path)
     return 0
 

@@ -79,7 +79,8 @@ class Columns:
 
     @property
     def required(self) -> list[str]:
-        return [name for name in self.wanted if self.require_summary or name not in self.summaries]
+        """Files to be predicted may lack summaries, and topics, which a competition's test rows do not have."""
+        return [name for name in self.wanted if self.require_summary or name not in (*self.summaries, self.topic)]
 
 
 def shown(text: Any, width: int = 40) -> str:
@@ -141,6 +142,8 @@ def check_columns(names: Sequence[str], columns: Columns, file: str, *, named: b
         names: what the file calls its columns.
         named: some row has columns; without names and without such a row, the rows' own problems say more.
     """
+    if columns.topic not in (None, *names, *columns.required) and names:
+        log.warning("%s has no column %r: its rows are prompted without a topic", file, columns.topic)
     for name in columns.required:
         count = names.count(name)
         if count == 1 or not (names or named):

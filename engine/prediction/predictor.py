@@ -39,12 +39,12 @@ class Predictor:
 
     Args:
         bundle: model, tokenizer and prompt settings.
-        recipe: what it was trained with. Each call may override the generation settings by name; `data.topic_column`
-            names the data frames' column with topics.
+        recipe: what it was trained with. Each call may override the generation settings by name; its `data` section names
+            the data frames' columns.
     """
 
     def __init__(self, bundle: ModelBundle, recipe: Recipe) -> None:
-        self.bundle, self.generation, self.topic_column = bundle, recipe.generation, recipe.data.topic_column
+        self.bundle, self.generation, self.data = bundle, recipe.generation, recipe.data
         self.encoder = bundle.text_encoder()
 
     @classmethod
@@ -119,7 +119,7 @@ class Predictor:
             EngineError: E3 where the column is missing or a dialogue is empty.
         """
         _require_column(df, text_column)
-        topics = df[self.topic_column].tolist() if self.topic_column in df.columns else None
+        topics = df[self.data.topic_column].tolist() if self.data.topic_column in df.columns else None
         summaries = self.summarize(df[text_column].tolist(), batch_size, show_progress, topics=topics, **gen)
         return df.assign(**{summary_column: [summary.text for summary in summaries]})
 
@@ -132,18 +132,23 @@ class Predictor:
         sample_submission: str | Path | None = None,
         **gen: Any,
     ) -> pd.DataFrame:
-        """Predict `test_df` (columns fname, dialogue) and write a submission in the sample's format.
+        """Predict `test_df` (columns fname, dialogue, or the run's own) and write a submission in the sample's format.
 
         Raises:
             EngineError: E3, before anything is decoded, where ids, order or columns do not fit the sample.
         """
-        _require_column(test_df, "fname")
-        ids = [str(name) for name in test_df["fname"]]
+        name, text = (
+            own if own in test_df.columns and usual not in test_df.columns else usual
+            for usual, own in (("fname", self.data.id_column), ("dialogue", self.data.text_column))
+        )
+        _require_column(test_df, name)
+        ids = [str(value) for value in test_df[name]]
         submission_table(ids, ["?"] * len(ids), sample_submission)
-        predicted = self.predict_dataframe(test_df, batch_size=batch_size, show_progress=show_progress, **gen)
-        predicted["summary"] = without_empty(ids, list(predicted["dialogue"]), list(predicted["summary"]))
+        shown = {"batch_size": batch_size, "show_progress": show_progress}
+        predicted = self.predict_dataframe(test_df, text, **shown, **gen)
+        predicted["summary"] = without_empty(ids, list(predicted[text]), list(predicted["summary"]))
         write_submission(submission_table(ids, list(predicted["summary"]), sample_submission), Path(output_path))
-        return predicted[["fname", "summary"]]
+        return predicted[[name, "summary"]]
 
     def summarize(
         self,

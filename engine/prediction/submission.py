@@ -22,7 +22,7 @@ Table = list[list[Any]]  # the header, then one row per dialogue
 def submission_table(ids: Sequence[str], summaries: Sequence[str], sample: str | Path | None = None) -> Table:
     """Header and rows in the sample's format: its columns (an unnamed index too), its ids, its order.
 
-    Without a sample: `fname,summary`.
+    Without a sample: `fname,summary`. In a sample, summaries stand in its column of that name, or the only one beside the ids.
 
     Raises:
         EngineError: E3 where an id is missing, unknown, repeated or out of order, a cell would be empty, or the sample has no
@@ -122,15 +122,19 @@ def _read_sample(path: Path) -> tuple[list[str], Table]:
 
 
 def _columns(header: list[str], rows: Table, ids: set[str], where: str) -> tuple[int, int]:
-    """Positions of the id and the summary column."""
-    if "summary" not in header:
-        raise _refused(f"the sample has no column 'summary', only {', '.join(header)}", where)
+    """Positions of the id and the summary column: the one called summary, or the only one beside the ids."""
     matching = [i for i, name in enumerate(header) if name and name != "summary" and rows[0][i] in ids]
     named = [i for i, name in enumerate(header) if name == "fname"]
     candidates = matching or named
     if not candidates:
         raise _refused(f"no column of the sample holds the input's ids (columns {', '.join(header)})", where)
-    return candidates[0], header.index("summary")
+    others = [i for i, name in enumerate(header) if name and i != candidates[0]]
+    texts = [i for i in others if header[i] == "summary"] or others
+    if len(texts) != 1:
+        raise _refused(
+            f"the sample has no column 'summary', and not one other than the ids: {', '.join(header)}", where
+        )
+    return candidates[0], texts[0]
 
 
 def _check_ids(wanted: list[str], ids: list[str], where: str) -> None:

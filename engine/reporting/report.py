@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import shlex
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.runtime.console import duration, from_here
+from engine.runtime.resume_hint import COMMAND
 from engine.runtime.run_log import RESULT
 from engine.scoring.alike import ALIKE_LIMIT
 from engine.scoring.floors import in_words, keys_of
@@ -72,5 +74,5 @@ def _floors(record: Mapping[str, Any]) -> list[str]:
 def predict_command(run_dir: Path, recipe: Recipe) -> list[str]:
     """Works as it stands where the recipe names a file with dialogues to try it on."""
     source = recipe.data.test_file or recipe.data.validation_file or "FILE.csv"
-    script = from_here(_PREDICT)
-    return ["python", script, from_here(run_dir), "--input", source, "--output", "summaries.csv"]
+    program = ["kodialogue", "predict"] if sys.argv[0] == COMMAND else ["python", from_here(_PREDICT)]
+    return [*program, from_here(run_dir), "--input", source, "--output", "summaries.csv"]

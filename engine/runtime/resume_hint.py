@@ -12,7 +12,7 @@ from engine.runtime.console import columns, from_here, is_terminal, wrap, wrap_c
 from engine.runtime.run_status import RunStatus
 
 _SCRIPT = Path(__file__).resolve().parents[1] / "train.py"
-_COMMAND = "kodialogue train"  # what tools/kodialogue.py calls itself then
+COMMAND = "kodialogue train"  # what tools/kodialogue.py calls itself then
 
 
 def going_on(status: RunStatus, *, saved: bool) -> list[str]:
@@ -20,7 +20,7 @@ def going_on(status: RunStatus, *, saved: bool) -> list[str]:
 
     None before there is a run folder, and where no command line started the run.
     """
-    if status.folder is None or Path(sys.argv[0]).name not in (_SCRIPT.name, _COMMAND):
+    if status.folder is None or Path(sys.argv[0]).name not in (_SCRIPT.name, COMMAND):
         return []
     folder = from_here(status.folder)
     if status.last_checkpoint is None:
@@ -46,7 +46,7 @@ def resume_command(arguments: Sequence[str], folder: str, environment: Mapping[s
             skip = not equals
         else:
             kept.append(argument)
-    program = _COMMAND.split() if sys.argv[0] == _COMMAND else [*_launcher(environment), from_here(_SCRIPT)]
+    program = COMMAND.split() if sys.argv[0] == COMMAND else [*_launcher(environment), from_here(_SCRIPT)]
     return [*program, *kept, "--resume", "auto", f"experiment.output_dir={folder}"]
 
 

@@ -232,4 +232,5 @@ def already_complete(run_dir: Path, runtime: Runtime) -> dict[str, Any]:
     with blaming("E6.7", what, path, next, safe=safe):
         record = read_json(path)
     log.info("%s is already complete; nothing to do", run_dir)
+    log.info("to train its model further, start another run with model.name_or_path=%s", run_dir / "final_model")
     return record

@@ -43,6 +43,14 @@ def test_summaries_are_optional_for_prediction(tmp_path):
     assert [e.references for e in read(path, require_summary=False)] == [("요약",), ()]
 
 
+def test_rows_to_predict_may_lack_topics_and_are_told(tmp_path, caplog):
+    path = write(tmp_path, "test.csv", "fname,dialogue\na,대화\n")
+    assert [e.topic for e in read(path, require_summary=False, topic_column="topic")] == [None]
+    assert "has no column 'topic': its rows are prompted without a topic" in caplog.text
+    with pytest.raises(EngineError, match="E3.4.*'topic' is missing"):
+        read(write(tmp_path, "train.csv", HEADER + "a,대화,요약\n"), topic_column="topic")
+
+
 def test_limit_counts_good_rows_and_stops_there(tmp_path):
     path = write(tmp_path, "rows.csv", HEADER + GOOD + "dev_1,대화 둘,요약\ndev_1,,\n")
     assert len(read(path, limit=2)) == 2 and len(read(path, limit=1)) == 1

@@ -55,7 +55,7 @@ def test_predictor_refuses_what_it_cannot_read(trained):
 @pytest.mark.parametrize("missing", [float("nan"), None, pd.NA, " ", "nan"])
 def test_a_missing_topic_of_a_frame_is_none_as_in_a_file(trained, missing):
     predictor = Predictor.from_run(trained[0] / "run")
-    predictor.topic_column = "topic"
+    predictor.data = predictor.data.model_copy(update={"topic_column": "topic"})
     texts = ["#Person1#: 안녕?", "#Person1#: 뭐 해?"]
     frame = pd.DataFrame({"dialogue": texts, "topic": pd.Series([missing, "인사"], dtype=object)})
     given = predictor.summarize(texts, topics=[None, "인사"])
@@ -84,6 +84,9 @@ def test_a_submission_is_checked_before_and_never_lost_after_decoding(trained, t
 
     monkeypatch.setattr(prediction_summarizer.Summarizer, "_decode", decode)
     assert list(predictor.create_submission(frame, target, show_progress=False)["summary"]) == ["요약", "뭐 해?"]
+    predictor.data = predictor.data.model_copy(update={"id_column": "번호", "text_column": "대화"})
+    korean = frame.rename(columns={"fname": "번호", "dialogue": "대화"})
+    assert list(predictor.create_submission(korean, target, show_progress=False)["번호"]) == ["a", "b"]
     monkeypatch.setattr(prediction_summarizer.Summarizer, "_decode", lambda *_: pytest.fail("decoded too early"))
     for wrong, given in ((frame.drop(columns="fname"), None), (frame, sample), (frame.assign(fname="a"), None)):
         with pytest.raises(EngineError) as caught:

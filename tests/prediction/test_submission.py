@@ -30,6 +30,12 @@ def test_written_like_the_sample(sample, tmp_path):
         assert [row["summary"] for row in csv.DictReader(handle)] == ["가", '나, "둘"', "다\n라"]
 
 
+def test_the_only_column_beside_the_ids_gets_the_summaries(tmp_path):
+    path = tmp_path / "sample.csv"
+    path.write_text("번호,요약\na,x\nb,y\n", encoding="utf-8")
+    assert submission_table(["a", "b"], ["가", "나"], path) == [["번호", "요약"], ["a", "가"], ["b", "나"]]
+
+
 def test_without_a_sample():
     assert submission_table(["a", "b"], ["가", "나"]) == [["fname", "summary"], ["a", "가"], ["b", "나"]]
 
@@ -55,7 +61,7 @@ def test_refusals(sample, ids, summaries, message):
     [
         ("", "no rows"),
         ("fname,summary\n", "no rows"),
-        ("fname,answer\ntest_0,x\n", "no column 'summary'"),
+        ("fname,answer,note\ntest_0,x,y\n", "no column 'summary'"),
         ("number,summary\n7,x\n", "no column of the sample holds"),
         ("fname,summary\ntest_0\n", "differ in their number"),
     ],

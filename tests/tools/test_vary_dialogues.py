@@ -49,4 +49,13 @@ def test_several_references_stay(tmp_path):
     columns = "data.summary_column=[summary1,summary2]"
     assert vary_dialogues.main([str(source), columns, "--output-dir", str(tmp_path), "--copies", "1"]) == 0
     (row,) = rows(tmp_path / "many-1.csv")
-    assert (row["summary"], row["summary2"]) == ("하나", "둘") and len(row["dialogue"].split("\n")) == 3
+    assert (row["summary1"], row["summary2"]) == ("하나", "둘") and len(row["dialogue"].split("\n")) == 3
+
+
+def test_columns_keep_their_names_so_that_the_run_reads_them(tmp_path):
+    source = tmp_path / "test.csv"
+    source.write_text('번호,대화\nx,"가\n나\n다\n라"\n', encoding="utf-8")
+    names = ["data.id_column=번호", "data.text_column=대화"]
+    assert vary_dialogues.main([str(source), *names, "--output-dir", str(tmp_path), "--copies", "1"]) == 0
+    (row,) = rows(tmp_path / "test-1.csv")
+    assert list(row) == ["번호", "대화"] and len(row["대화"].split("\n")) == 3
