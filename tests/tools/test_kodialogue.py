@@ -179,6 +179,7 @@ def test_the_wheel_works_in_another_folder(installed, tmp_path):
     recipe = runs.write_recipe(tmp_path)
     command("train", str(recipe), "--debug", f"experiment.output_dir={tmp_path / 'run'}")
     command("predict", "run", "--input", "dev.jsonl", "--output", "summaries.csv")
-    command("sweep", str(recipe), "--set", "training.learning_rate=2e-3", "--output", "swept")
-    assert "gain over" in command("compare", "run", "swept/trial-000", "--html", "page.html")
+    command("sweep", str(recipe), "--set", "training.learning_rate=1e-3,2e-3", "--output", "swept")
+    pages = ["swept/trial-000", "swept/trial-001", "--html", "page.html"]
+    assert "gain over" in command("compare", *pages)
     assert (tmp_path / "summaries.csv").is_file() and (tmp_path / "page.html").stat().st_size > 10_000

@@ -79,12 +79,17 @@ def main() -> int:
     parser.add_argument("--source", type=int, default=512, help="most tokens of a dialogue")
     parser.add_argument("--updates", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=3, help="0: count and estimate only")
+    parser.add_argument("--tiny", action="store_true", help="a toy instead, of which no figure means anything")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    options.data, options.shape, options.precision = options.data.resolve(), "bart", "fp32"
+    options.data, options.shape, options.precision = (
+        options.data.resolve(),
+        "kobart" if options.tiny else "bart",
+        "fp32",
+    )
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder)
-        train.write_model(options.shape, options.tokenizer, model)
+        train.write_model(options.shape, options.tokenizer, model, tiny=options.tiny)
         volumes = {name: measured(options, f"{name}, counted", 2, model) for name in ("ours", "ours, fsdp")}
         record = described(options, volumes, train.sizes_of(model))
         for _ in range(options.rounds):
