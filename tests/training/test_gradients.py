@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import runs
 import torch
@@ -42,8 +44,11 @@ def gradients(folder, name, ranks, batch, accumulation, family, *overrides):
     return load_file(out), runs.rows_of(run_dir)
 
 
+FULL = pytest.mark.skipif("FULL_TESTS" not in os.environ, reason="another family's launches; set FULL_TESTS=1")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["bart", "llama"])
+@pytest.mark.parametrize("family", ["bart", pytest.param("llama", marks=FULL)])
 def test_same_gradients_and_learning_rates_however_split(family, tmp_path):
     results = {label: gradients(tmp_path, f"run{i}", *split, family) for i, (label, split) in enumerate(SPLITS.items())}
     reference, reference_rows = results.pop("1 x 8")

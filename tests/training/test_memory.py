@@ -166,7 +166,7 @@ def test_lists_with_an_entry_per_layer_are_as_long_as_the_layers():
 
     sizes = {"d_model": 32, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "vocab_size": 400}
     sizes |= {"encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "encoder_layers": 2, "decoder_layers": 2}
-    size.check_weights_fit(LEDConfig(**sizes, attention_window=[16, 32]), CPU)
+    size.check_weights_fit(LEDConfig(**sizes, attention_window=[16, 32]), CPU, trust_remote_code=False)
 
 
 def test_sharded_ranks_hold_their_part(tmp_path):
