@@ -734,6 +734,15 @@ def with_josa(word: str, josa: str) -> str:
     return word + josa.removeprefix("이")
 
 
+def parse_slot(text: str) -> tuple[str, dict]:
+    """A slot's name, and what may stand in it."""
+    key, values = re.fullmatch(r"([\w:+<>]+)=(.*)", text).groups()
+    slot, _, change = key.partition(":")
+    order = change[-1:] if change[-1:] in "<>" else ""
+    words = INVENTORIES.get(values, values).split("/")
+    return slot, {"flag": change.rstrip("<>"), "order": order, "words": words}
+
+
 def parse_scenarios(text: str = SCENARIOS) -> list[dict]:
     """The notation above as plain dictionaries, in order."""
     scenarios = []
@@ -743,12 +752,7 @@ def parse_scenarios(text: str = SCENARIOS) -> list[dict]:
             name, topic = rest.split(" | ")
             scenarios.append({"id": name, "topic": topic, "slots": {}, "turns": []})
         elif mark == "%":
-            for entry in rest.split("; "):
-                key, values = re.fullmatch(r"([\w:+<>]+)=(.*)", entry).groups()
-                slot, _, change = key.partition(":")
-                order = change[-1:] if change[-1:] in "<>" else ""
-                words = INVENTORIES.get(values, values).split("/")
-                scenarios[-1]["slots"][slot] = {"flag": change.rstrip("<>"), "order": order, "words": words}
+            scenarios[-1]["slots"] |= dict(map(parse_slot, rest.split("; ")))
         elif mark == "S:":
             scenarios[-1]["summary"] = rest
         elif mark == "F:":

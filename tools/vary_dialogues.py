@@ -14,8 +14,6 @@ once, a consensus over versions can lose: try it on rows with references first.
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import random
 import sys
 from collections.abc import Sequence
@@ -44,21 +42,16 @@ def without_some_turns(dialogue: str, share: float, draw: random.Random) -> str:
     return "\n".join(turn for place, turn in enumerate(turns) if place not in gone)
 
 
-def version(examples: Sequence[Example], settings: Data, share: float, seed: str) -> str:
-    """The rows as CSV under the input's own column names, every dialogue shortened; several references take a column each."""
+def version(examples: Sequence[Example], settings: Data, share: float, seed: str) -> list[dict[str, str]]:
+    """The rows under the input's own column names, every dialogue shortened; several references take a column each."""
     from written_rows import as_row
 
     rows = []
     for example in examples:
         shorter = without_some_turns(example.dialogue, share, random.Random(f"{seed}/{example.id}"))
         rows.append(as_row(replace(example, dialogue=shorter), settings))
-    unused = [name for name in rows[0] if name not in (settings.id_column, "id") and not any(row[name] for row in rows)]
-    out = io.StringIO()
-    names = [name for name in rows[0] if name not in unused]  # test rows have no summaries
-    writer = csv.DictWriter(out, names, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return out.getvalue()
+    used = [name for name in rows[0] if any(row[name] for row in rows)]  # test rows have no summaries
+    return [{name: row[name] for name in used} for row in rows]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,10 +67,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.copies < 1 or not 0 < options.share <= 0.5:
         parser.error("--copies must be at least 1, and --share above 0 and at most 0.5")
 
+    from written_rows import write_rows
+
     from engine.data.rows import read_examples
     from engine.recipe.load import with_overrides
     from engine.recipe.schema import Recipe
-    from engine.runtime.atomic import write_text_atomically
 
     settings = with_overrides(Recipe(), options.overrides, ("data",)).data
     examples = read_examples(options.input, settings, require_summary=False)
@@ -85,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     stem = Path(options.input).name.split(".")[0]
     for copy in range(1, options.copies + 1):
         path = options.output_dir / f"{stem}-{copy}.csv"
-        write_text_atomically(path, version(examples, settings, options.share, f"{options.seed}/{copy}"))
+        write_rows(path, version(examples, settings, options.share, f"{options.seed}/{copy}"))
         print(path)
     return 0
 

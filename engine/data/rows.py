@@ -25,7 +25,7 @@ log = logging.getLogger("engine.data")
 MAX_DIALOGUE, MAX_SUMMARY, MAX_LABEL = 200_000, 20_000, 1_000
 SHOWN_ROWS = 20
 _SHOWN_PAIRS = 3
-_MISSING_WORDS = {"nan", "null", "none", "n/a", "<na>"}
+_MISSING_WORDS = {"nan", "null", "none", "n/a", "<na>", "nat"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,7 +234,7 @@ def example_of(record: Record, columns: Columns, file: str) -> Example:
 
 
 def is_missing(value: Any) -> bool:
-    """None, NaN, pandas' NA, nothing visible, or a word that other tools write for a missing cell."""
+    """None, NaN, pandas' NA and NaT, nothing visible, or a word that other tools write for a missing cell."""
     text = str(value)
     return _is_blank(text) or text.strip().lower() in _MISSING_WORDS
 

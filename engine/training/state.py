@@ -96,10 +96,12 @@ class TrainerState:
         return shares
 
     def with_best(self, best: Mapping[str, Any] | None) -> TrainerState:
-        """The same place with the best evaluation that is still there and of today's scale; with none, patience begins anew."""
-        if best is None:
-            return replace(self, best_step=None, best_value=None, evaluations_without_gain=0)
-        return replace(self, best_step=best["step"], best_value=best["value"])
+        """The same place with the best evaluation that is still there and of today's scale; where it is gone, patience begins
+        anew."""
+        if best is not None:
+            return replace(self, best_step=best["step"], best_value=best["value"])
+        patience = self.evaluations_without_gain if self.best_step is None else 0
+        return replace(self, best_step=None, best_value=None, evaluations_without_gain=patience)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe; floats come back to the bit."""

@@ -52,7 +52,7 @@ def test_predictor_refuses_what_it_cannot_read(trained):
         assert caught.value.exit_code == (3 if batch_size else 2)
 
 
-@pytest.mark.parametrize("missing", [float("nan"), None, pd.NA, " ", "nan"])
+@pytest.mark.parametrize("missing", [float("nan"), None, pd.NA, pd.NaT, " ", "nan"])
 def test_a_missing_topic_of_a_frame_is_none_as_in_a_file(trained, missing):
     predictor = Predictor.from_run(trained[0] / "run")
     predictor.data = predictor.data.model_copy(update={"topic_column": "topic"})

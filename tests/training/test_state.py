@@ -36,3 +36,14 @@ def test_counts_under_a_former_name_are_read_and_unknown_ones_refused():
     assert TrainerState.from_dict({"step": 3, "interval_cells": 7}) == TrainerState(step=3, interval_all_tokens=7)
     with pytest.raises(TypeError, match="colour"):
         TrainerState.from_dict({"step": 3, "colour": "red"})
+
+
+def test_patience_goes_on_unless_the_best_is_gone():
+    """Two NaN evaluations count after a resume too; a best that is lost, or of another scale, begins anew."""
+    never = TrainerState(step=4, evaluations_without_gain=2)
+    assert never.with_best(None) == never
+    known = TrainerState(step=4, best_step=2, best_value=1.5, evaluations_without_gain=2)
+    best = {"step": 2, "metric": "loss", "value": 1.5}
+    assert known.with_best(best) == known
+    lost = known.with_best(None)
+    assert (lost.best_step, lost.best_value, lost.evaluations_without_gain) == (None, None, 0)

@@ -82,11 +82,8 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true", help="a toy instead, of which no figure means anything")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    options.data, options.shape, options.precision = (
-        options.data.resolve(),
-        "kobart" if options.tiny else "bart",
-        "fp32",
-    )
+    options.data, options.precision = options.data.resolve(), "fp32"
+    options.shape = "kobart" if options.tiny else "bart"
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder)
         train.write_model(options.shape, options.tokenizer, model, tiny=options.tiny)
