@@ -118,7 +118,7 @@ class Data(Section):
     max_train_samples: Positive | None = Field(None, description="Use only the first N training rows.")
     max_validation_samples: Positive | None = Field(None, description="Use only the first N validation rows.")
     max_test_samples: Positive | None = Field(None, description="Use only the first N test rows.")
-    batching: Literal["random", "length", "sequential", "tokens"] = Field("length", description="Composition of updates: shuffled, shuffled among rows of like length, or file order. tokens: as length, by source and target, and each update cut into micro-batches by tokens_per_batch.")
+    batching: Literal["random", "length", "sequential", "tokens"] = Field("length", description="Composition of updates: shuffled, shuffled among rows of like source length, or file order. tokens: by the lengths of source and target, and each update cut into micro-batches by tokens_per_batch.")
     tokens_per_batch: Positive | None = Field(None, description="For batching: tokens, most tokens of one micro-batch on one device, padding included; a longer row goes alone. null: what per_device_train_batch_size rows of greatest length hold. Updates keep per_device_train_batch_size x gradient_accumulation_steps rows on each device.")
     cache: bool = Field(True, description="Keep the token ids of files of 200 rows and more beside the Hugging Face cache (HF_HOME), so that the next run starts in seconds.")
     instruction_augmentation: bool = Field(False, description="Each training row under five Korean instructions (training data only).")

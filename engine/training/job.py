@@ -106,6 +106,7 @@ class Job:
     def __post_init__(self) -> None:
         self.model, self.optimizer, self.schedule, self.scaler = self.learner
         self.examples, self.features, self.sampler = self.rows
+        self.sampler.order = self.state.row_order
         self.run_dir = self.tracker.run_dir
         # The windows of its epochs, or the updates to be made where max_steps gives their number.
         self.planned = optim.total_updates(self.recipe.training, self.sampler.updates_per_epoch)

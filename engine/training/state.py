@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
+from engine.data.windows import ORDERS
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -42,6 +44,7 @@ class TrainerState:
     step: int = 0  # updates made
     epoch: int = 0  # of the next window
     window: int = 0  # index of the next window within its epoch
+    row_order: int = ORDERS[-1]  # which of the sampler's orders of rows
     skipped_in_a_row: int = 0
     skipped: int = 0
     best_step: int | None = None
@@ -110,11 +113,14 @@ class TrainerState:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainerState:
         """The inverse. Raises: TypeError for a name that is none of ours, ValueError for a value of another kind."""
+        values = {"row_order": ORDERS[0]} | values  # checkpoints from before there was another
         state = cls(**{_FORMER_NAMES.get(name, name): value for name, value in values.items()})
         for field in fields(state):
             kind, value = field.type.split(" | "), getattr(state, field.name)
             if not (value is None and "None" in kind) and not _KINDS[kind[0]](value):
                 raise ValueError(f"{field.name} is not {field.type}")
+        if state.row_order not in ORDERS:
+            raise ValueError(f"row_order {state.row_order} is not known to this version")
         return state
 
 

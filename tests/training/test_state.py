@@ -33,9 +33,12 @@ def test_a_checkpoint_gives_the_counts_back_to_the_bit():
 
 
 def test_counts_under_a_former_name_are_read_and_unknown_ones_refused():
-    assert TrainerState.from_dict({"step": 3, "interval_cells": 7}) == TrainerState(step=3, interval_all_tokens=7)
+    former = TrainerState.from_dict({"step": 3, "interval_cells": 7})
+    assert former == TrainerState(step=3, interval_all_tokens=7, row_order=1), "and their rows go on in their order"
     with pytest.raises(TypeError, match="colour"):
         TrainerState.from_dict({"step": 3, "colour": "red"})
+    with pytest.raises(ValueError, match="row_order 3 is not known"):
+        TrainerState.from_dict({"row_order": 3})
 
 
 def test_patience_goes_on_unless_the_best_is_gone():
