@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from engine.data.collate import IGNORE_INDEX
 from engine.generation.modelstate import bare
-from engine.loss import output_head
+from engine.loss import output_head, tied_lookup
 
 
 def aligned_labels(batch: Mapping[str, Tensor]) -> Tensor:
@@ -67,7 +67,8 @@ def summed_cross_entropy(model: nn.Module, batch: Mapping[str, Tensor], *, label
         hidden = hidden.reshape(-1, hidden.shape[-1])[positions]
         kept = hidden
         if output_head.known(head):
-            caught.extend((hidden, output_head.cross_entropy(hidden, targets, plain, head, label_smoothing)))
+            summed = output_head.cross_entropy(hidden, targets, plain, head, label_smoothing, weight=passed.weight)
+            caught.extend((hidden, summed))
             kept = hidden[:1]  # one position, so that the model's own code has something to go on with
         return (kept[:, None] if streams else kept,)  # (N, 1, D), of which that model takes stream 0
 
@@ -76,7 +77,7 @@ def summed_cross_entropy(model: nn.Module, batch: Mapping[str, Tensor], *, label
             output_head.tied(output.detach(), to=caught[0]) if caught else None
         )  # that position adds nothing to the loss
 
-    with _hooked(head, narrow, cut):
+    with _hooked(head, narrow, cut), tied_lookup.passing_on(plain, head) as passed:
         logits = model(**inputs, use_cache=False).logits  # (1, V), or (N, V) of a head that is not known
     if not caught:
         return F.cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=label_smoothing)

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 log = logging.getLogger("engine.train")
-PIECE = 1 << 25  # logits of one piece: 128 MiB in float32
+PIECE = 1 << 24  # logits of one piece: 64 MiB in float32
 _tried: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()  # head -> whether its form is known
 
 
@@ -89,13 +89,21 @@ def confirm(model: nn.Module, head: nn.Module, hidden: Tensor, logits: Tensor) -
     return _tried[head]
 
 
-def cross_entropy(hidden: Tensor, targets: Tensor, model: nn.Module, head: nn.Module, label_smoothing: float) -> Tensor:
+def cross_entropy(
+    hidden: Tensor,
+    targets: Tensor,
+    model: nn.Module,
+    head: nn.Module,
+    label_smoothing: float,
+    weight: Tensor | None = None,
+) -> Tensor:
     """Sum of the cross-entropies of N positions, a scalar of at least float32, that never holds N x V logits.
 
     Args:
         hidden: (N, D), what the head is applied to.
         targets: (N,), token ids.
         label_smoothing: as of torch's `cross_entropy`.
+        weight: the head's, where its gradient is to go through a tensor of the same values (`tied_lookup`).
     """
     form = HeadForm.of(model)
     if type(head) is not nn.Linear or (head.bias is not None and form.bias is not None):
@@ -104,7 +112,8 @@ def cross_entropy(hidden: Tensor, targets: Tensor, model: nn.Module, head: nn.Mo
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
     bias = form.bias if head.bias is None else head.bias
     form = HeadForm(None, form.scale, form.cap)  # the bias is an input of its own, as it may be trained
-    return _InPieces.apply(hidden, head.weight, bias, targets, form, label_smoothing, dtype)
+    weight = head.weight if weight is None else weight
+    return _InPieces.apply(hidden, weight, bias, targets, form, label_smoothing, dtype)
 
 
 def tied(value: Tensor, *, to: Tensor) -> Tensor:
