@@ -53,6 +53,9 @@ def start(recipe: Recipe) -> Runtime:
     if settings.num_threads is not None:
         torch.set_num_threads(settings.num_threads)
     device = choose_device(settings.device)
+    if device == "cpu":
+        # torch reads it at its first tensor. Large pages are given back as a whole: a run then holds less freed memory.
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     precision = choose_precision(recipe.training.precision, device, settings.emulate_fp16_on_cpu)
     accelerator = build_accelerator(device, settings.timeout_seconds, host_too=recipe.distributed.cpu_offload)
     runtime = Runtime(accelerator, precision, settings.timeout_seconds, show_progress=recipe.tracking.progress)

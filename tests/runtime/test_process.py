@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from runtime_toys import recipe_for
@@ -31,6 +32,31 @@ def test_settings_the_machine_cannot_serve(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     with pytest.raises(EngineError, match=r"error E2\.40"):
         process.start(recipe_for(tmp_path))
+
+
+@pytest.mark.parametrize("asked", [None, "0"])
+def test_large_tensors_on_a_cpu_stand_on_large_pages(tmp_path, asked):
+    """Freed pages of 2 MiB go back whole; who has set torch's variable keeps its value."""
+    enabled = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not enabled.exists() or "[never]" in enabled.read_text(encoding="utf-8"):
+        pytest.skip("this machine has no large pages")
+    if asked == "0" and "[always]" in enabled.read_text(encoding="utf-8"):
+        pytest.skip("this machine gives large pages to all")
+    script = (
+        "import engine.train, transformers, torch; from pathlib import Path; from engine.recipe.schema import Recipe\n"
+        "from engine.runtime import process\n"
+        "with process.start(Recipe(runtime={'device': 'cpu'})):\n"
+        "    kept = torch.ones(64 << 20)\n"
+        "    lines = Path('/proc/self/smaps_rollup').read_text().splitlines()\n"
+        "    print(next(int(line.split()[1]) for line in lines if line.startswith('AnonHugePages')))\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    environment.pop("THP_MEM_ALLOC_ENABLE", None)
+    environment |= {} if asked is None else {"THP_MEM_ALLOC_ENABLE": asked}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert (int(done.stdout.split()[-1]) > 100 << 10) == (asked is None)
 
 
 def test_batches_reach_a_gpu_from_pinned_memory():
