@@ -210,6 +210,7 @@ def test_real_data_kobart_at_reduced_width(tmp_path, shared_data):
         data__validation_file=str(data / "dev.csv"),
         data__max_source_length=256,
         data__max_target_length=64,
+        data__batching="random",
         training__num_train_epochs=6,
         training__per_device_train_batch_size=16,
         training__learning_rate=5e-3,

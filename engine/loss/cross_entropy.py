@@ -56,9 +56,6 @@ def summed_cross_entropy(model: nn.Module, batch: Mapping[str, Tensor], *, label
     inputs = {name: tensor for name, tensor in batch.items() if name not in ("labels", "supervised")}
     plain = bare(model)
     head = plain.get_output_embeddings()
-    if isinstance(head, nn.Embedding):  # FSMT names its decoder's table, which is no place to find hidden states at
-        logits = model(**inputs, use_cache=False).logits.flatten(0, 1)[positions]  # (N, V)
-        return F.cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=label_smoothing)
     caught: list[Tensor] = []  # the supervised hidden states (N, D), and their loss
 
     def narrow(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor]:

@@ -81,6 +81,8 @@ class _Lookup(torch.autograd.Function):
             rows = rows.masked_fill((ids == ctx.padding)[:, None], 0)
         if rows.device.type == "cuda":  # sorts, where index_add_ would add in no fixed order
             total.index_put_((ids,), rows.to(total.dtype), accumulate=True)
-        else:
-            total.index_add_(0, ids, rows.to(total.dtype))
+        else:  # first of each token among themselves, as autograd would: the same sum to the bit, whatever the threads
+            tokens, places = ids.unique(return_inverse=True)
+            summed = torch.ops.aten.embedding_dense_backward(rows, places, len(tokens), -1, False)
+            total.index_add_(0, tokens, summed.to(total.dtype))
         return total, None, None

@@ -1,6 +1,6 @@
 """Every class that transformers can generate text with: loss and gradients are those of its own logits.
 
-The default run takes a few classes drawn anew each time, and one whose head is a table of embeddings; FULL_TESTS=1 takes all.
+The default run takes a few classes drawn anew each time; FULL_TESTS=1 takes all. FSMT is refused before it is trained.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ pytestmark = pytest.mark.slow
 FULL = "FULL_TESTS" in os.environ
 SEED = int(os.environ.get("LOSS_SEED", "0")) or random.SystemRandom().randrange(1, 10**6)
 DRAWS = 3
+TRAINED = sorted(key for key in CLASSES if key != ("fsmt", True))
 
 
 def name_of(key) -> str:
@@ -30,10 +31,10 @@ def name_of(key) -> str:
 @pytest.mark.skipif(FULL, reason="all are run")
 @pytest.mark.parametrize("number", range(DRAWS))
 def test_class_drawn(number):
-    hold_against_its_own_logits(random.Random(SEED + number).choice(sorted(CLASSES)))
+    hold_against_its_own_logits(random.Random(SEED + number).choice(TRAINED))
 
 
-@pytest.mark.parametrize("key", list(CLASSES) if FULL else [("fsmt", True)], ids=name_of)
+@pytest.mark.parametrize("key", TRAINED if FULL else [], ids=name_of)
 def test_class(key):
     hold_against_its_own_logits(key)
 
@@ -46,8 +47,6 @@ def hold_against_its_own_logits(key):
             model = build(*key, seed=stream.randrange(1000))
         except NotBuilt as reason:
             pytest.skip(f"not built: {reason}")
-        if key[0] == "fsmt":  # masks with a number that float64's own minimum overflows
-            model = model.float()
         batch = batch_for(model, stream)
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         inputs = {name: value for name, value in batch.items() if name != "labels"}
