@@ -6,7 +6,7 @@ import datetime
 import logging
 import os
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,8 +50,6 @@ def start(recipe: Recipe) -> Runtime:
 
     settings = recipe.runtime
     _refuse_unsafe_environment()
-    if settings.num_threads is not None:
-        torch.set_num_threads(settings.num_threads)
     device = choose_device(settings.device)
     if device == "cpu":
         # torch reads it at its first tensor. Large pages are given back as a whole: a run then holds less freed memory.
@@ -59,7 +57,11 @@ def start(recipe: Recipe) -> Runtime:
     precision = choose_precision(recipe.training.precision, device, settings.emulate_fp16_on_cpu)
     accelerator = build_accelerator(device, settings.timeout_seconds, host_too=recipe.distributed.cpu_offload)
     runtime = Runtime(accelerator, precision, settings.timeout_seconds, show_progress=recipe.tracking.progress)
+    if settings.num_threads is not None:
+        runtime.afterwards.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(settings.num_threads)
     if settings.deterministic:
+        runtime.afterwards.callback(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled())
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
@@ -89,6 +91,7 @@ class Runtime(AbstractContextManager):
         self.log = RunLog(self.is_main)
         self.lock: FolderLock | None = None
         self.shapes: Shapes | None = None
+        self.afterwards = ExitStack()  # what the process had set before: the next run in it may not say
         self._undo: list[Callable[[], None]] = []
 
     def _join_ranks(self, timeout: float) -> RankGroup:
@@ -128,6 +131,7 @@ class Runtime(AbstractContextManager):
             self.lock.release()
         self.signals.close()
         self.log.close()
+        self.afterwards.close()
         # After an orderly end the other ranks are at most a save behind; after a failure they need only read of it.
         self.ranks.leave(patience=30.0 if error is None or isinstance(error, Stopped) else 3.0)
         self.ranks.close()

@@ -79,6 +79,35 @@ def test_no_lookup_has_a_gradient_of_the_weights_size(kind):
     assert not whole, "no (V, D) of zeros"
 
 
+def test_what_others_make_of_the_rows_stays():
+    """A hook that was there before, such as one that adds noise, works on our rows and not on ones that are dropped."""
+    model, batch = tied("llama")
+    model.get_input_embeddings().register_forward_hook(lambda module, arguments, output: 2.0 * output)
+    logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
+    loss = F.cross_entropy(logits.flatten(0, 1), aligned_labels(batch).flatten(), reduction="sum")
+    ours = summed_cross_entropy(model, batch)
+    assert torch.allclose(ours, loss, rtol=1e-6)
+    weight = model.get_output_embeddings().weight
+    pair = [torch.autograd.grad(value, weight)[0] for value in (ours, loss)]
+    assert torch.allclose(*pair, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", TIED)
+def test_on_a_gpu_the_same_gradients_each_time(gpu, kind):
+    """Adding rows in no fixed order would make a resumed run another one."""
+    model, batch = tied(kind)
+    model = model.to(gpu, torch.float32)
+    model.tie_weights()
+    batch = {name: value.repeat(8, 1).to(gpu) for name, value in batch.items()}
+    weight = model.get_output_embeddings().weight
+    found = [torch.autograd.grad(summed_cross_entropy(model, batch), weight)[0] for _ in range(5)]
+    assert all(torch.equal(one, found[-1]) for one in found[1:])
+    logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
+    loss = F.cross_entropy(logits.flatten(0, 1), aligned_labels(batch).flatten(), reduction="sum")
+    assert torch.allclose(found[-1], torch.autograd.grad(loss, weight)[0], rtol=1e-3, atol=1e-4)
+
+
 def test_embeddings_that_do_more_and_frozen_heads_are_left_alone():
     class Scaled(nn.Embedding):
         def forward(self, ids):

@@ -109,6 +109,18 @@ def test_emulated_fp16_is_real_on_the_cpu(tmp_path):
         assert weight.item() == 1.0 and scaler.get_scale() == 2.0**15, "the overflow was skipped, the scale fell"
 
 
+def test_threads_and_determinism_are_as_before_afterwards(tmp_path):
+    """Two runs in one process: the second, which names neither, must compute as it would alone."""
+    import torch
+
+    before, recipe = torch.get_num_threads(), recipe_for(tmp_path)
+    recipe.runtime.num_threads, recipe.runtime.deterministic = before + 1, True
+    with pytest.raises(ZeroDivisionError), process.start(recipe):
+        assert torch.get_num_threads() == before + 1 and torch.are_deterministic_algorithms_enabled()
+        raise ZeroDivisionError
+    assert torch.get_num_threads() == before and not torch.are_deterministic_algorithms_enabled()
+
+
 def test_random_state_round_trip(tmp_path):
     import random
 

@@ -89,7 +89,7 @@ def plan(device: str, tiny: bool) -> list[Part]:
     twice = ("times_ours/graphs", "<=", 0.5)
     return [
         tests("decoding", 80, "generation/test_search.py"),
-        tests("training", 80, "test_train_step.py", "checkpoints", "training/test_optim.py", needs=recipe),
+        tests("training", 80, "test_train_step.py", "checkpoints", "training/test_optim.py", "loss", needs=recipe),
         tests("adapters", 50, "models/test_adapters.py", "models/test_sharding.py", needs=(*recipe, "peft")),
         bench(
             "KoBART trains in bf16", 80, "train.py", *loop, "--contenders", "ours", "trainer", needs=recipe,
